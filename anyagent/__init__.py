@@ -1,0 +1,1 @@
+"""Structured-concurrency client for AI agents that answer over a WebSocket."""
