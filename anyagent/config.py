@@ -8,12 +8,12 @@ import math
 __all__ = ["Heartbeat", "Limits", "Timeouts"]
 
 
-def _positive_number(name: str, value: float) -> None:
+def _positive_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive, finite number of seconds, not {value!r}")
 
 
-def _positive_integer(name: str, value: int) -> None:
+def _positive_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, not {value!r}")
 

@@ -16,7 +16,7 @@ __all__ = ["Cancel", "ClientMessage", "ToolResult", "UserMessage", "decode", "en
 
 
 class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What all messages into the agent share: a tag, defaults left out on the wire, a ``repr`` without content."""
+    """What all messages into the agent share: defaults left out on the wire, a ``repr`` without content."""
 
     id: str | None = None
 
