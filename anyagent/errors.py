@@ -61,7 +61,7 @@ class ConnectError(AnyAgentError):
         return self.reason if self.status_code is None else f"{self.reason} (HTTP {self.status_code})"
 
 
-class Disconnected(AnyAgentError):  # noqa: N818 - the name is what happened
+class Disconnected(AnyAgentError):
     """The connection ended before the request did, or there is none to send it on.
 
     * `code`, `reason`: of the close frame (RFC 6455, section 7.4); 1006 where the agent sent none.

@@ -1,0 +1,72 @@
+"""What a user of `open_agent` holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from . import im
+from ._response import Reply, Response
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ._session import AgentStats, Session
+    from .om import Status
+
+__all__ = ["Agent"]
+
+
+class Agent:
+    """A connection to an agent, made by `open_agent`; any number of tasks may use it at once."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def status(self) -> Status:
+        """The agent's newest ``OM.Status``."""
+        return self._session.status
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests hold a lane: sent and not ended, or left early and not drained."""
+        return self._session.in_flight
+
+    @property
+    def stats(self) -> AgentStats:
+        """The counters of this connection, as they are now."""
+        return dataclasses.replace(self._session.stats)
+
+    def __repr__(self) -> str:
+        return f"<Agent {self.status.state!r}, {self.in_flight} in flight>"
+
+    async def send_message(
+        self, text: str, *, conversation: str | None = None, metadata: Mapping[str, object] | None = None
+    ) -> Response:
+        """Send a prompt and return the `Response` to it, without waiting for any answer.
+
+        Waits for a free lane, first come, first served; then the message is queued for the writer.
+        Cancelled while waiting: nothing was sent.
+
+        `conversation` names the conversation that the prompt continues; `metadata` is any JSON object.
+
+        Raises `Disconnected` (phase ``"not_sent"``) if the connection is gone, `ValueError` for text that
+        UTF-8 cannot encode, `TypeError` for text that is no string or metadata that is not JSON.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, not {type(text).__name__}")
+        message = im.UserMessage(
+            text=text, conversation=conversation, metadata=None if metadata is None else dict(metadata)
+        )
+        return Response(self._session, await self._session.open_request(message))
+
+    async def ask(
+        self, text: str, *, conversation: str | None = None, metadata: Mapping[str, object] | None = None
+    ) -> Reply:
+        """Send a prompt and return the whole answer.
+
+        Takes and raises what `send_message` and `Response.collect` do. Cancelled: the request is, too.
+        """
+        response = await self.send_message(text, conversation=conversation, metadata=metadata)
+        return await response.collect()

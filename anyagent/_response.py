@@ -1,0 +1,168 @@
+"""The client's handle on one request."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import anyio.lowlevel
+
+from .errors import AnyAgentError
+from .om import EventTextChunk
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from ._request import Request, ResponseStats
+    from ._session import Session
+    from .om import AgentEvent, EventEnd
+
+__all__ = ["Reply", "Response"]
+
+_EVENTS_PER_CHECKPOINT: Final = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer: its `text` and its `tokens_used` (``None`` in an error's `partial`)."""
+
+    text: str
+    tokens_used: int | None = None
+
+
+class Response:
+    """What answers one request: an async iterator of its events, and an async context manager.
+
+    ::
+
+        async with await agent.send_message("Hello!") as response:
+            async for event in response:
+                ...
+        print(response.tokens_used)
+
+    Iterating yields every `OM.AgentEvent` but the terminal, in order. What had arrived comes before the
+    end, or before the error: `AgentError`, `Disconnected`, `ProtocolError` or `SlowConsumerError`. There is
+    one consumer at a time; a second one gets `anyio.BusyResourceError`.
+
+    Leaving early cancels the request: leaving the ``async with`` block, `aclose`, or cancellation while
+    waiting for an event. Then nothing more can be read (`anyio.ClosedResourceError`). A response that is
+    dropped without any of that warns with `ResourceWarning` and is cancelled too.
+    """
+
+    _closed = True
+
+    def __init__(self, session: Session, request: Request) -> None:
+        self._session = session
+        self._request = request
+        self._batch: deque[AgentEvent] = deque()
+        self._budget = 0
+        self._guard = anyio.ResourceGuard("iterating over this response")
+        self._closed = False
+
+    @property
+    def id(self) -> str:
+        """The request's id on the wire; on a wire without ids, the name of its lane."""
+        return self._request.lane
+
+    @property
+    def tokens_used(self) -> int | None:
+        """How many tokens the agent says it used; ``None`` until the end has arrived."""
+        return None if self._request.end is None else self._request.end.tokens_used
+
+    @property
+    def end(self) -> EventEnd | None:
+        """The ``OM.EventEnd``; ``None`` until it has arrived, which may be before the last event is read."""
+        return self._request.end
+
+    @property
+    def stats(self) -> ResponseStats:
+        """When the message was sent, the first event came and the request ended; live."""
+        return self._request.stats
+
+    def __repr__(self) -> str:
+        state = "settled" if self._request.settled else self._request.phase.replace("_", " ")
+        return f"<Response id={self.id!r} {state}>"
+
+    def __aiter__(self) -> Response:
+        return self
+
+    async def __anext__(self) -> AgentEvent:
+        if self._budget and self._batch:
+            self._budget -= 1
+            return self._batch.popleft()
+        with self._guard:
+            await self._refill()
+        self._budget = _EVENTS_PER_CHECKPOINT - 1
+        return self._batch.popleft()
+
+    async def _refill(self) -> None:
+        """Pass a checkpoint, and see to it that the batch is not empty. Cancelled: the request is, too."""
+        try:
+            if self._batch:
+                await anyio.lowlevel.checkpoint()
+            else:
+                self._batch.extend(await self._request.take())
+        except anyio.EndOfStream:
+            self._close()
+        except BaseException:
+            self._close()
+            raise
+        if not self._batch:
+            if self._request.error is not None:
+                raise self._request.error
+            if self._request.end is None:
+                raise anyio.ClosedResourceError
+            raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Leave: if the agent is still busy with the request, tell it to stop.
+
+        Waits for nothing, so it cannot be cancelled half-way. Idempotent.
+        """
+        self._close()
+
+    async def __aenter__(self) -> Response:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    async def collect(self) -> Reply:
+        """Read to the end and return the text of all text chunks that were not read yet, as one `Reply`.
+
+        Raises what iterating raises, with the `Reply` so far as its `partial`. Cancelled: so is the request.
+        """
+        texts: list[str] = []
+        async with self:
+            try:
+                async for event in self:
+                    if isinstance(event, EventTextChunk):
+                        texts.append(event.text)
+            except AnyAgentError as exc:
+                exc.partial = Reply("".join(texts), self.tokens_used)
+                raise
+        return Reply("".join(texts), self.tokens_used)
+
+    async def send_tool_result(self, call_id: str, output: str) -> None:
+        """Answer the ``OM.EventToolCall`` `call_id` with `output`.
+
+        Returns once the message is being written. Cancelled before that: it is not sent. Raises the
+        request's error, or `anyio.ClosedResourceError`, if the request is over.
+        """
+        await self._session.send_tool_result(self._request, call_id, output)
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._session.leave(self._request)
+            self._batch.clear()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=1)
+            self._session.abandon(self._request)

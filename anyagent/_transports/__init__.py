@@ -1,0 +1,159 @@
+"""Transports: WebSocket connections that yield batches of whole text messages.
+
+Neither backend's module is imported before that backend runs.
+"""
+
+from __future__ import annotations
+
+import abc
+import sys
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ..errors import ConnectError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import ByteStream, TaskGroup
+
+    from .._target import Target
+
+__all__ = ["Transport", "TransportClosed", "connect", "thread_scheduler"]
+
+HANDSHAKE_SIZE = 64 * 1024
+"""How many bytes of an agent's answer to the handshake are read before it is given up."""
+
+OUTPUT_SIZE = 64 * 1024
+"""How many bytes may wait to be written before pongs are left out (RFC 6455, section 5.5.3, allows that)."""
+
+
+PONG = b"\x8a"
+CLOSE = b"\x88"
+"""The first bytes of a pong and of a close frame (RFC 6455, section 5.2)."""
+
+INVALID_HANDSHAKE = "the agent's answer to the WebSocket handshake is invalid"
+HANDSHAKE_CUT = "the agent closed the connection during the WebSocket handshake"
+BINARY_MESSAGE = "the agent sent a binary message"
+BAD_UTF8 = "a message is not valid UTF-8"
+
+
+class TransportClosed(Exception):
+    """A transport has nothing more to receive.
+
+    `code` and `reason` are those of the peer's close frame (1006: it sent none). With `violation`, the peer
+    broke the protocol: then `code` is what the connection has to be closed with, if it has not been.
+    """
+
+    def __init__(self, code: int, reason: str = "", *, violation: bool = False) -> None:
+        self.code = code
+        self.reason = reason
+        self.violation = violation
+        super().__init__(code, reason, violation)
+
+    def __str__(self) -> str:
+        return f"code {self.code}" + (f", {self.reason}" if self.reason else "")
+
+
+class Transport(abc.ABC):
+    """One open WebSocket connection. One task calls `receive`, one calls `send`; the rest is synchronous."""
+
+    output_ready: Callable[[], None]
+    """Called, from any of the other methods, when there is something to write that `send` was not given."""
+
+    @abc.abstractmethod
+    async def receive(self) -> list[bytes]:
+        """Read from the socket once; return the text messages (UTF-8) that this completed, often none.
+
+        Raises `TransportClosed` after the last message. Cancelled: the connection is of no further use.
+        """
+
+    @abc.abstractmethod
+    async def send(self, messages: list[bytes]) -> None:
+        """Write `messages` (UTF-8), and whatever the protocol itself has to say, in one go.
+
+        Raises `anyio.BrokenResourceError` when the connection is gone. Cancelled: a frame may be cut in two
+        and the connection is of no further use.
+        """
+
+    @abc.abstractmethod
+    def ping(self) -> None:
+        """Queue a ping."""
+
+    @abc.abstractmethod
+    async def close(self, code: int) -> None:
+        """Queue a close frame, unless there was one; does not wait for it to be written, nor for the peer.
+
+        From then on `receive` is called for its end alone.
+        """
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Close the socket at once, without a handshake. Idempotent; does not wait for the peer."""
+
+
+async def connect(target: Target, message_size: int, task_group: TaskGroup) -> Transport:
+    """Connect and do the WebSocket handshake. Raises `ConnectError`; cancelled, it leaves nothing open.
+
+    What the backend needs to run beside the connection is started in `task_group` and ends with `aclose`.
+    """
+    if _current_backend() == "trio":
+        from .trio import open_transport
+    else:
+        from .asyncio import open_transport
+    stream = await _connect_tcp(target)
+    try:
+        return await open_transport(stream, target, message_size, task_group)
+    except BaseException:
+        await anyio.aclose_forcefully(stream)
+        raise
+
+
+def thread_scheduler() -> Callable[[Callable[[], object]], None]:
+    """A function that runs a callable soon in the present event loop; for any thread, and for finalizers.
+
+    It does nothing once that loop has ended.
+    """
+    if _current_backend() == "trio":
+        from .trio import thread_scheduler
+    else:
+        from .asyncio import thread_scheduler
+    return thread_scheduler()
+
+
+def check_status_line(head: bytes) -> None:
+    """Raise `ConnectError` as soon as the agent's answer shows that it does not switch protocols.
+
+    So nothing of a rejection's body is read, however long it is, and no redirect is followed.
+    """
+    status = head[9:12]
+    if head[:5] == b"HTTP/" and status.isdigit() and not status.startswith(b"1"):
+        raise ConnectError("the agent rejected the WebSocket handshake", status_code=int(status))
+
+
+def _current_backend() -> str:
+    # Not asyncio's running loop: with Trio as a guest of asyncio, both are there.
+    trio = sys.modules.get("trio")
+    return "trio" if trio is not None and trio.lowlevel.in_trio_task() else "asyncio"
+
+
+async def _connect_tcp(target: Target) -> ByteStream:
+    try:
+        if target.ssl_context is None:
+            return await anyio.connect_tcp(target.host, target.port)
+        return await anyio.connect_tcp(
+            target.host,
+            target.port,
+            ssl_context=target.ssl_context,
+            tls_hostname=target.host,
+            tls_standard_compatible=False,  # WebSocket has a close handshake of its own
+        )
+    except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as exc:
+        raise ConnectError(f"could not connect to {target.authority}: {_root_cause(exc)}") from exc
+
+
+def _root_cause(exc: BaseException) -> BaseException:
+    while exc.__cause__ is not None and not isinstance(exc.__cause__, BaseExceptionGroup):
+        exc = exc.__cause__
+    return exc

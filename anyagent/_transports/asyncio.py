@@ -1,0 +1,183 @@
+"""The transport on asyncio: websockets' sans-I/O protocol over an AnyIO byte stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+import anyio
+from websockets.client import ClientProtocol
+from websockets.exceptions import PayloadTooBig
+from websockets.frames import Frame, Opcode
+from websockets.protocol import CONNECTING, OPEN
+from websockets.uri import WebSocketURI
+
+from ..errors import ConnectError
+from . import (
+    BAD_UTF8,
+    BINARY_MESSAGE,
+    HANDSHAKE_CUT,
+    HANDSHAKE_SIZE,
+    INVALID_HANDSHAKE,
+    OUTPUT_SIZE,
+    PONG,
+    Transport,
+    TransportClosed,
+    check_status_line,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import ByteStream, TaskGroup
+
+    from .._target import Target
+
+__all__ = ["AsyncioTransport", "open_transport", "thread_scheduler"]
+
+_READ_SIZE: Final = 64 * 1024
+_DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
+
+# websockets logs headers and messages at DEBUG; this logger stands outside the hierarchy and is off.
+_silent: Final = logging.Logger("anyagent.websockets")
+_silent.disabled = True
+
+
+async def open_transport(
+    stream: ByteStream, target: Target, message_size: int, task_group: TaskGroup
+) -> Transport:
+    """Do the WebSocket handshake over `stream`; the caller closes `stream` if that fails."""
+    path, _, query = target.resource.partition("?")
+    uri = WebSocketURI(target.ssl_context is not None, target.host, target.port, path, query, None, None)
+    protocol = ClientProtocol(uri, max_size=message_size, logger=_silent)
+    request = protocol.connect()
+    for name, value in target.headers:
+        request.headers[name] = value
+    protocol.send_request(request)
+    transport = AsyncioTransport(stream, protocol)
+    await transport.handshake()
+    return transport
+
+
+class AsyncioTransport(Transport):
+    """`receive` reads the socket and feeds the protocol; what the protocol answers waits in `_output`."""
+
+    def __init__(self, stream: ByteStream, protocol: ClientProtocol) -> None:
+        self.output_ready = lambda: None
+        self._stream = stream
+        self._protocol = protocol
+        self._output = bytearray()
+        self._message = bytearray()
+        self._binary = False
+        self._end: TransportClosed | None = None
+        self._arrived_with_handshake: list[bytes] = []
+
+    async def handshake(self) -> None:
+        """Send the request; wait for the answer. Raises `ConnectError`."""
+        protocol = self._protocol
+        head = b""
+        try:
+            await self._stream.send(b"".join(protocol.data_to_send()))
+            while protocol.state is CONNECTING:
+                if protocol.handshake_exc is not None or len(head) > HANDSHAKE_SIZE:
+                    raise ConnectError(INVALID_HANDSHAKE) from protocol.handshake_exc
+                data = await self._stream.receive(_READ_SIZE)
+                head += data
+                check_status_line(head)
+                protocol.receive_data(data)
+        except (OSError, anyio.EndOfStream, anyio.BrokenResourceError) as exc:
+            raise ConnectError(HANDSHAKE_CUT) from exc
+        self._arrived_with_handshake = self._collect()
+
+    async def receive(self) -> list[bytes]:
+        if self._arrived_with_handshake:
+            messages, self._arrived_with_handshake = self._arrived_with_handshake, []
+            return messages
+        if self._end is not None:
+            raise self._end
+        try:
+            self._protocol.receive_data(await self._stream.receive(_READ_SIZE))
+        except anyio.EndOfStream:
+            self._protocol.receive_eof()
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            raise TransportClosed(1006, "the connection was lost") from exc
+        messages = self._collect()
+        if self._take_output():
+            self.output_ready()
+        if self._end is not None and not messages:
+            raise self._end
+        return messages
+
+    def _collect(self) -> list[bytes]:
+        """The whole messages among what the protocol has parsed; sets `_end` if they were the last."""
+        messages: list[bytes] = []
+        for event in self._protocol.events_received():
+            if not isinstance(event, Frame) or event.opcode not in _DATA:
+                continue
+            if event.opcode is not Opcode.CONT:
+                self._binary = event.opcode is Opcode.BINARY
+            self._message += event.data
+            if not event.fin:
+                continue
+            message, self._message = bytes(self._message), bytearray()
+            if self._binary:
+                self._end = TransportClosed(1002, BINARY_MESSAGE, violation=True)
+                return messages
+            try:
+                str(message, "utf-8")
+            except UnicodeDecodeError:
+                self._end = TransportClosed(1007, BAD_UTF8, violation=True)
+                return messages
+            messages.append(message)
+        failure, close = self._protocol.parser_exc, self._protocol.close_rcvd
+        if isinstance(failure, EOFError):
+            self._end = TransportClosed(1006, "the connection was closed without a close frame")
+        elif isinstance(failure, PayloadTooBig):
+            self._end = TransportClosed(1009, "a message is larger than Limits.message_size", violation=True)
+        elif failure is not None:
+            self._end = TransportClosed(1002, f"the WebSocket protocol was broken: {failure}", violation=True)
+        elif close is not None:
+            self._end = TransportClosed(close.code, close.reason)
+        return messages
+
+    def _take_output(self) -> bool:
+        for chunk in self._protocol.data_to_send():
+            if len(self._output) < OUTPUT_SIZE or chunk[:1] != PONG:
+                self._output += chunk
+        return bool(self._output)
+
+    async def send(self, messages: list[bytes]) -> None:
+        if self._protocol.state is OPEN:
+            for message in messages:
+                self._protocol.send_text(message)
+        if self._take_output():
+            data, self._output = self._output, bytearray()
+            try:
+                await self._stream.send(bytes(data))
+            except (OSError, anyio.ClosedResourceError) as exc:
+                raise anyio.BrokenResourceError from exc
+
+    def ping(self) -> None:
+        if self._protocol.state is OPEN:
+            self._protocol.send_ping(b"")
+            self.output_ready()
+
+    async def close(self, code: int) -> None:
+        if self._protocol.state is OPEN:
+            self._protocol.send_close(code)
+            self.output_ready()
+
+    async def aclose(self) -> None:
+        await anyio.aclose_forcefully(self._stream)
+
+
+def thread_scheduler() -> Callable[[Callable[[], object]], None]:
+    loop = asyncio.get_running_loop()
+
+    def run_soon(function: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(function)
+
+    return run_soon

@@ -1,0 +1,104 @@
+"""The one task that writes to a connection, and the queue in front of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+if TYPE_CHECKING:
+    from ._request import Request
+    from ._transports import Transport
+
+__all__ = ["Outgoing", "Writer"]
+
+_WRITE_SIZE: Final = 64 * 1024
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Outgoing:
+    """A message that waits for the writer. If its `request` is settled by then, it is left out.
+
+    * `opens_request`: it is the request's own message, whose writing makes the request ``"sent"``.
+    * `taken`: set once the writer has taken it, or never will.
+    * `withdrawn`: whoever queued it does not want it sent any more.
+    """
+
+    data: bytes
+    request: Request | None = None
+    opens_request: bool = False
+    taken: anyio.Event | None = None
+    withdrawn: bool = False
+
+
+class Writer:
+    """Callers only queue, so a cancelled caller cannot cut a frame in two (only the task in `run` writes).
+
+    What is ready together is written together. `flushed` waits until everything has been written that was
+    queued, by callers or by the transport itself.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._queue: deque[Outgoing] = deque()
+        self._has_work = False
+        self._ended = False
+        self._wakes = anyio.Event()
+        self._flushed = anyio.Event()
+        self._flushed.set()
+        transport.output_ready = self._wake
+
+    def queue(self, outgoing: Outgoing) -> None:
+        self._queue.append(outgoing)
+        self._wake()
+
+    async def flushed(self) -> None:
+        """Wait until nothing is left to write, or nothing can be written any more."""
+        await self._flushed.wait()
+
+    def release_waiters(self) -> None:
+        """Let nobody wait for the writer to take a message: the requests are settled."""
+        for outgoing in self._queue:
+            if outgoing.taken is not None:
+                outgoing.taken.set()
+
+    async def run(self) -> None:
+        """Write what is queued, for ever. Raises `anyio.BrokenResourceError` when the connection is gone."""
+        try:
+            while True:
+                await self._wakes.wait()
+                self._wakes = anyio.Event()
+                while self._has_work:
+                    self._has_work = False
+                    await self._transport.send(self._take())
+                self._flushed.set()
+        finally:
+            self._ended = True
+            self._flushed.set()
+
+    def _wake(self) -> None:
+        self._has_work = True
+        if self._flushed.is_set() and not self._ended:
+            self._flushed = anyio.Event()
+            self._wakes.set()
+
+    def _take(self) -> list[bytes]:
+        """The messages to write together: a segment or two, so that those behind can still be withdrawn."""
+        writes: list[bytes] = []
+        size = 0
+        while self._queue and size < _WRITE_SIZE:
+            outgoing = self._queue.popleft()
+            request = outgoing.request
+            if outgoing.taken is not None:
+                outgoing.taken.set()
+            if outgoing.withdrawn or (request is not None and request.settled):
+                continue
+            if request is not None and outgoing.opens_request:
+                request.phase = "sent"
+                request.stats.sent = anyio.current_time()
+            writes.append(outgoing.data)
+            size += len(outgoing.data)
+        self._has_work = self._has_work or bool(self._queue)
+        return writes
