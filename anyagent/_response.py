@@ -101,7 +101,7 @@ class Response:
     async def _refill(self) -> None:
         """Pass a checkpoint, and see to it that the batch is not empty. Cancelled: the request is, too."""
         try:
-            if self._batch:
+            if self._batch or self._closed:
                 await anyio.lowlevel.checkpoint()
             else:
                 self._batch.extend(await self._request.take())
@@ -164,5 +164,5 @@ class Response:
 
     def __del__(self) -> None:
         if not self._closed:
+            self._session.abandon(self._request)  # first: the warning may be an error
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=1)
-            self._session.abandon(self._request)

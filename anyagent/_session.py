@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
@@ -116,6 +116,8 @@ class Session:
         self._requests: dict[str, Request] = {}
         self._draining: dict[str, anyio.Event] = {}  # set when the answer that nobody reads has ended
         self._tombstones: OrderedDict[str, None] = OrderedDict()
+        self._abandoned: deque[Request] = deque()
+        self._wake_reaper = anyio.Event()
         self._graceful: om.GracefulDisconnect | None = None
         self._last_error: om.Error | None = None
         self._failure: _Failure | None = None
@@ -174,7 +176,8 @@ class Session:
         if request.settled:
             request.discard()
         else:
-            self._run_soon(lambda: self.leave(request))
+            self._abandoned.append(request)
+            self._run_soon(lambda: self._wake_reaper.set())
 
     async def aclose(self) -> None:
         """Cancel what is in flight, close with a handshake, end all tasks; cannot be cancelled."""
@@ -192,6 +195,7 @@ class Session:
                 async with anyio.create_task_group() as self._tasks:
                     self._start(self._receive)
                     self._start(self._write)
+                    self._start(self._reap)
                     if self._heartbeat is not None:
                         self._start(self._beat, self._heartbeat)
                     task_status.started()
@@ -226,7 +230,9 @@ class Session:
             graceful = self._graceful is not None
             violation = ProtocolError(exc.reason, close_code=exc.code) if exc.violation else None
             cause = exc.__cause__ or (agent_error(self._last_error) if self._last_error else None)
-            self._fail(_Failure(exc.code, exc.reason, graceful, violation, cause))
+            self._fail(
+                _Failure(exc.code, exc.reason, graceful, violation, cause), exc.code if violation else 1000
+            )
         finally:
             self._receiver_done.set()
 
@@ -235,7 +241,15 @@ class Session:
             await self._writer.run()
         except anyio.BrokenResourceError:
             # What has arrived is still read, and the receiver learns the reason; but not for ever.
-            self._start_closing(1006)
+            self._start_closing()
+
+    async def _reap(self) -> None:
+        """Leave the requests that were abandoned."""
+        while True:
+            await self._wake_reaper.wait()
+            self._wake_reaper = anyio.Event()
+            while self._abandoned:
+                self.leave(self._abandoned.popleft())
 
     async def _beat(self, heartbeat: Heartbeat) -> None:
         while True:
@@ -379,7 +393,8 @@ class Session:
         elif exc.request_id in self._tombstones:
             self.stats.late_events += 1
         else:
-            self._fail(_Failure(exc.close_code, exc.reason, violation=exc, cause=exc.__cause__))
+            failure = _Failure(exc.close_code, exc.reason, violation=exc, cause=exc.__cause__)
+            self._fail(failure, exc.close_code)
 
     # Ending requests
 
@@ -416,9 +431,9 @@ class Session:
 
     def _fail_gracefully(self) -> None:
         assert self._graceful is not None
-        self._fail(_Failure(1001, self._graceful.reason, graceful=True), close_code=1000)
+        self._fail(_Failure(1001, self._graceful.reason, graceful=True))
 
-    def _fail(self, failure: _Failure, close_code: int | None = None) -> None:
+    def _fail(self, failure: _Failure, close_code: int = 1000) -> None:
         """Settle everything with the first failure, and start to close. Later failures change nothing."""
         if self._failure is not None:
             return
@@ -430,9 +445,9 @@ class Session:
                 self.stats.failed += 1
                 request.settle(failure.for_request(request.phase), anyio.current_time())
         self._writer.release_waiters()
-        self._start_closing(close_code or failure.code)
+        self._start_closing(close_code)
 
-    def _start_closing(self, code: int) -> None:
+    def _start_closing(self, code: int = 1000) -> None:
         if not self._closing:
             self._closing = True
             self._start(self._close_transport, code)

@@ -30,6 +30,7 @@ class MemoryPeer:
     * `close_code`: the code that the client closed with, ``None`` as long as it has not.
     * `pings`: how many pings the client has sent.
     * `answers_close`: whether the client's close is answered; true unless a test says otherwise.
+    * `broken`: whether the client's writes fail; what it reads goes on.
     * `writable`: as long as this event is not set, the client's writes block; set unless replaced.
     """
 
@@ -37,6 +38,7 @@ class MemoryPeer:
         self.close_code: int | None = None
         self.pings = 0
         self.answers_close = True
+        self.broken = False
         self.writable = anyio.Event()
         self.writable.set()
         self._to_client, self._client_receives = anyio.create_memory_object_stream[
@@ -61,6 +63,15 @@ class MemoryPeer:
         """End the connection: with a close frame, without one (1006), or by breaking the protocol."""
         self._to_client.send_nowait(TransportClosed(code, reason, violation=violation))
 
+    def end(self) -> None:
+        """Close the peer's streams, after the client's end."""
+        self._to_client.close()
+        self._from_client.close()
+
+    async def connect(self, task_group: TaskGroup) -> Transport:
+        """The client's end, in the form that a session is opened with."""
+        return _MemoryTransport(self)
+
 
 class _MemoryTransport(Transport):
     def __init__(self, peer: MemoryPeer) -> None:
@@ -78,6 +89,8 @@ class _MemoryTransport(Transport):
 
     async def send(self, messages: list[bytes]) -> None:
         await self._peer.writable.wait()
+        if self._peer.broken:
+            raise anyio.BrokenResourceError
         for message in messages:
             await self._peer._client_sends.send(message)
 
@@ -117,12 +130,9 @@ async def memory_agent(
         status = om.Status("ready", features)
     peer.send(status)
 
-    async def connect(task_group: TaskGroup) -> Transport:
-        return _MemoryTransport(peer)
-
     try:
         async with run_agent(
-            connect,
+            peer.connect,
             dialect=by_name(dialect) if isinstance(dialect, str) else dialect,
             limits=limits,
             timeouts=timeouts,
@@ -131,5 +141,4 @@ async def memory_agent(
         ) as agent:
             yield agent, peer
     finally:
-        peer._to_client.close()
-        peer._from_client.close()
+        peer.end()

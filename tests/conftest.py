@@ -1,0 +1,88 @@
+"""How asynchronous tests are run: on each backend, under a deadline, in real time only if they need sockets.
+
+* A test runs on asyncio and on Trio, with a clock that jumps as soon as every task waits for time. So a
+  deadlock is a `TimeoutError` at once, and no test sleeps.
+* A test marked ``sockets`` runs on asyncio, on uvloop and on Trio in real time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import selectors
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+import trio.testing
+import uvloop
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+DEADLINE = 60  # seconds, which pass in no time unless the test is marked ``sockets``
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sockets: needs real sockets or threads, and so runs in real time")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "anyio_backend" in metafunc.fixturenames and "anyio_backend" not in chosen:
+        sockets = metafunc.definition.get_closest_marker("sockets") is not None
+        backends = ["asyncio", "uvloop", "trio"] if sockets else ["asyncio", "trio"]
+        metafunc.parametrize("anyio_backend", backends, indirect=True)
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    in_real_time = request.node.get_closest_marker("sockets") is not None
+    match request.param:
+        case "uvloop":
+            return "asyncio", {"loop_factory": uvloop.new_event_loop}
+        case "asyncio":
+            return "asyncio", {} if in_real_time else {"loop_factory": _JumpingLoop}
+        case _:
+            return "trio", {} if in_real_time else {"clock": trio.testing.MockClock(autojump_threshold=0)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            item.obj = _under_deadline(item.obj)
+
+
+def _under_deadline(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def under_deadline(*args: object, **kwargs: object) -> None:
+        with anyio.fail_after(DEADLINE):
+            await test(*args, **kwargs)
+
+    return under_deadline
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """A selector that does not wait: a wait for time is over at once, and the clock says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(None if timeout is None else 0)
+        if timeout is not None and not ready:
+            self.now += max(timeout, 0)
+        return ready
+
+
+class _JumpingLoop(asyncio.SelectorEventLoop):
+    """For asyncio what `trio.testing.MockClock` with autojump is for Trio."""
+
+    def __init__(self) -> None:
+        self._jumping_selector = _JumpingSelector()
+        super().__init__(self._jumping_selector)
+
+    def time(self) -> float:
+        return self._jumping_selector.now
