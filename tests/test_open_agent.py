@@ -237,6 +237,7 @@ async def raise_in_both(from_notice: BaseException, from_block: BaseException) -
             raise from_block
 
 
+@pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)  # asyncio ends the loop with it
 async def test_ctrl_c_in_a_task_of_the_transport_comes_out_as_itself() -> None:
     async def interrupt() -> None:
         raise KeyboardInterrupt
