@@ -120,7 +120,7 @@ async def run_agent(
             if session is not None:
                 await session.aclose()
     except BaseException as exc:
-        if outcome is None:
+        if outcome is None or isinstance(outcome, anyio.get_cancelled_exc_class()):
             outcome = _without_group(exc)
     crash = None if session is None else session.crash
     if crash is not None and _gives_way(outcome, crash):

@@ -7,16 +7,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
-import selectors
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-import trio.testing
 import uvloop
+
+from .clocks import jumping
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,10 +41,8 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     match request.param:
         case "uvloop":
             return "asyncio", {"loop_factory": uvloop.new_event_loop}
-        case "asyncio":
-            return "asyncio", {} if in_real_time else {"loop_factory": _JumpingLoop}
-        case _:
-            return "trio", {} if in_real_time else {"clock": trio.testing.MockClock(autojump_threshold=0)}
+        case backend:
+            return backend, {} if in_real_time else jumping(backend)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,28 +58,3 @@ def _under_deadline(test: Callable[..., Awaitable[None]]) -> Callable[..., Await
             await test(*args, **kwargs)
 
     return under_deadline
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    """A selector that does not wait: a wait for time is over at once, and the clock says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(None if timeout is None else 0)
-        if timeout is not None and not ready:
-            self.now += max(timeout, 0)
-        return ready
-
-
-class _JumpingLoop(asyncio.SelectorEventLoop):
-    """For asyncio what `trio.testing.MockClock` with autojump is for Trio."""
-
-    def __init__(self) -> None:
-        self._jumping_selector = _JumpingSelector()
-        super().__init__(self._jumping_selector)
-
-    def time(self) -> float:
-        return self._jumping_selector.now

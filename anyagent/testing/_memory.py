@@ -64,9 +64,9 @@ class MemoryPeer:
         self._to_client.send_nowait(TransportClosed(code, reason, violation=violation))
 
     def end(self) -> None:
-        """Close the peer's streams, after the client's end."""
-        self._to_client.close()
-        self._from_client.close()
+        """Close all streams, after the client's end."""
+        for stream in (self._to_client, self._client_receives, self._client_sends, self._from_client):
+            stream.close()
 
     async def connect(self, task_group: TaskGroup) -> Transport:
         """The client's end, in the form that a session is opened with."""
