@@ -1,0 +1,13 @@
+"""Print pip constraints that pin what the package needs at run time to the lowest versions it declares."""
+
+import re
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+extras = project["optional-dependencies"]
+for requirement in [*project["dependencies"], *extras["cli"], *extras["uvloop"]]:
+    match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
+    if match is None:
+        raise SystemExit(f"no lower bound in {requirement!r}")
+    print(f"{match[1]}=={match[2]}")
