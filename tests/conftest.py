@@ -16,9 +16,10 @@ import pytest
 import uvloop
 
 from .clocks import jumping
+from .servers import on_demand
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
 DEADLINE = 60  # seconds, which pass in no time unless the test is marked ``sockets``
 
@@ -43,6 +44,13 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
             return "asyncio", {"loop_factory": uvloop.new_event_loop}
         case backend:
             return backend, {} if in_real_time else jumping(backend)
+
+
+@pytest.fixture(scope="session")
+def url_of() -> Iterator[Callable[[str], str]]:
+    """The URL of an endpoint of `tests.servers`, whose server is started when it is first asked for."""
+    with on_demand() as url:
+        yield url
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
