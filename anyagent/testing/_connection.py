@@ -111,8 +111,6 @@ class Connection:
             with scope:
                 await self._behaviour.handler(message, reply)
         except BaseException as exc:  # pytest.fail() and sys.exit() too; a Ctrl-C is the main thread's
-            if self.link.scope.cancel_called:
-                return  # nobody is left to be told
             failure = type(exc).__name__
         if reply.ended:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import struct
@@ -28,11 +27,13 @@ class Link:
     def __init__(self, websocket: ServerConnection) -> None:
         self.websocket = websocket
         self.scope = anyio.CancelScope()
-        self.dropped = False
+        self._dropped = False
 
     async def send(self, data: str | bytes) -> None:
         """Send a text (`str`) or binary (`bytes`) message."""
-        if not self.dropped:
+        # websockets does not wait as long as there is room, and a busy handler must see its cancellation.
+        await anyio.lowlevel.checkpoint()
+        if not self._dropped:
             with contextlib.suppress(ConnectionClosed):
                 await self.websocket.send(data)
                 return
@@ -40,12 +41,12 @@ class Link:
 
     def write(self, data: bytes) -> None:
         """Write bytes beneath WebSocket; in order with the messages."""
-        if not self.dropped:
+        if not self._dropped:
             self.websocket.transport.write(data)
 
     async def close(self, code: int, reason: str) -> None:
         """Close with a close frame."""
-        if not self.dropped:
+        if not self._dropped:
             await self.websocket.close(code, reason)
         await self._lost()
 
@@ -57,11 +58,10 @@ class Link:
 
     def drop(self) -> None:
         """End the stream to the client with FIN (on TLS with its close_notify), without a close frame."""
-        self.dropped = True
+        self._dropped = True
         transport = self.websocket.transport
-        transport.set_protocol(_Deaf(self.websocket))
         if transport.can_write_eof():
-            transport.write_eof()  # and not close(): with unread data in the socket, that sends RST
+            transport.write_eof()  # and not close(): that sends RST in answer to whatever still arrives
         else:
             transport.close()
 
@@ -69,24 +69,11 @@ class Link:
         """Read nothing more: no message, no ping, no end of the connection."""
         self.websocket.transport.pause_reading()
 
-    def prepare_to_close(self) -> None:
-        """Undo what would be in the way of a closing handshake, or abort where there cannot be one."""
-        if self.dropped:
-            self.websocket.transport.abort()
-        else:
-            self.websocket.transport.resume_reading()
+    def resume_reading(self) -> None:
+        """Undo `stop_reading`."""
+        self.websocket.transport.resume_reading()
 
     async def _lost(self) -> None:
         await self.websocket.wait_closed()
         self.scope.cancel()
         await anyio.lowlevel.checkpoint()
-
-
-class _Deaf(asyncio.Protocol):
-    """Takes the place of a connection that can answer nothing, not even a ping, after its FIN."""
-
-    def __init__(self, websocket: ServerConnection) -> None:
-        self._websocket = websocket
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._websocket.connection_lost(exc)

@@ -81,7 +81,7 @@ class ServerThread:
         self._loop.call_soon_threadsafe(self._broadcast, data)
 
     def _broadcast(self, data: str) -> None:
-        broadcast([link.websocket for link in self._links() if not link.dropped], data)
+        broadcast([link.websocket for link in self._links()], data)
 
     def _run(self) -> None:
         try:
@@ -111,14 +111,13 @@ class ServerThread:
             ping_interval=None,
             close_timeout=_CLOSE_TIMEOUT,
             max_size=_MESSAGE_SIZE,
-            max_queue=None,  # or it would resume a reading that a fault has stopped
             logger=_silent_logger,
             create_connection=TrackedConnection,
         )
         self._started.set_result(None)
         await self._stopping.wait()
         for link in self._links():
-            link.prepare_to_close()
+            link.resume_reading()  # or no closing handshake could be completed
         for connection in opening:
             if connection.state is State.CONNECTING:
                 connection.transport.abort()  # the server would wait for its handshake
