@@ -372,3 +372,16 @@ async def test_a_message_that_is_invalid_fails_its_own_request_and_cancels_it() 
         assert await peer.receive() == IM.Cancel(response.id)
         peer.send(OM.EventEnd(1, id=neighbour.id))
         await neighbour.collect()
+
+
+async def test_only_so_many_cancelled_ids_are_remembered() -> None:
+    async with memory_agent() as (agent, peer):
+        for _ in range(5_000):
+            response = await agent.send_message("left early")
+            await peer.receive()
+            await response.aclose()
+            assert await peer.receive() == IM.Cancel(response.id)
+        for number in range(1, 5_001):
+            peer.send(OM.EventTextChunk("late", id=str(number)))
+        await anyio.wait_all_tasks_blocked()
+        assert (agent.stats.late_events, agent.stats.unroutable_events) == (4_096, 904)

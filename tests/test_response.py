@@ -267,6 +267,15 @@ async def test_a_response_that_is_dropped_in_another_thread_warns_and_is_cancell
         assert await peer.receive() == IM.Cancel(message.id)
 
 
+async def test_a_response_that_is_dropped_right_before_the_block_is_left_leaves_no_stream_open() -> None:
+    async with memory_agent() as (agent, peer):
+        response: Response | None = await agent.send_message("hello")
+        await peer.receive()
+        with pytest.warns(ResourceWarning, match="never closed"):
+            del response
+    gc.collect()  # an unclosed stream would warn, and fail this test
+
+
 async def test_a_response_that_is_dropped_after_its_end_warns_and_sends_nothing() -> None:
     async with memory_agent() as (agent, peer):
         response: Response | None = await agent.send_message("hello")
