@@ -1,0 +1,5 @@
+"""``python -m anyagent`` is the command ``anyagent``."""
+
+from .cli import main
+
+main()
