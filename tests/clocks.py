@@ -1,4 +1,4 @@
-"""Clocks that jump as soon as every task waits for time: time passes in no time, and a deadlock ends at once."""
+"""Clocks that jump as soon as every task waits for time, so that a deadlock ends at once, too."""
 
 from __future__ import annotations
 

@@ -53,9 +53,10 @@ class Connection:
         """Serve until the connection is closed and all handlers have ended."""
         with self.link.scope:
             async with anyio.create_task_group() as handlers:
-                if self._behaviour.first is not None:
-                    await self.link.send(self._behaviour.first)
                 try:
+                    # Not by way of the link, which yields first: something might be broadcast before it.
+                    if self._behaviour.first is not None:
+                        await self.link.websocket.send(self._behaviour.first)
                     await self._receive(handlers)
                 except ConnectionClosed:
                     self.link.scope.cancel()

@@ -28,9 +28,6 @@ _MESSAGE_SIZE: Final = 16 * 2**20  # bytes
 _silent_logger: Final = logging.Logger("anyagent.testing")  # of no hierarchy; prompts and tokens go nowhere
 _silent_logger.disabled = True
 
-_abandoned: Final[set[asyncio.Task[object]]] = set()
-"""Tasks that would not end. Kept, as the finalizers of a collected one would run without their event loop."""
-
 
 class ServerThread:
     """Serves connections in a thread between `start` and `stop`.
@@ -132,7 +129,4 @@ class ServerThread:
             task.cancel()
         tasks.add(asyncio.create_task(self._loop.shutdown_asyncgens()))
         _, stuck = await asyncio.wait(tasks, timeout=_GRACE)
-        if stuck:
-            self._stuck = True
-            self._loop.set_exception_handler(lambda loop, context: None)  # it would log their end
-            _abandoned.update(stuck)
+        self._stuck = bool(stuck)
