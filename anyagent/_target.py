@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import re
 import ssl
 from collections.abc import Iterable, Mapping
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 __all__ = ["HeadersLike", "Target"]
 
 HeadersLike = Mapping[str, str] | Iterable[tuple[str, str]]
 
-_NOT_IN_URL: Final = re.compile(r"[\x00-\x20\x7f-\x9f]|\\")
+_NOT_IN_URL: Final = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff\\]")
+_HOST: Final = re.compile(r"[0-9A-Za-z._~!$&'()*+,;=%:-]+")  # RFC 3986, section 3.2.2, without brackets
 _FIELD_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _FIELD_VALUE: Final = re.compile(r"[!-~](?:[ \t!-~]*[!-~])?")  # RFC 9110, section 5.5, without obs-text
 _RESERVED: Final = frozenset(
@@ -43,8 +45,10 @@ class Target:
         """
         if not isinstance(url, str):
             raise TypeError(f"the URL must be a string, not {type(url).__name__}")
+        if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
+            raise TypeError(f"ssl_context must be an SSLContext, not {type(ssl_context).__name__}")
         if _NOT_IN_URL.search(url):
-            raise ValueError("the URL holds a space, a control character or a backslash")
+            raise ValueError("the URL holds a space, a control character, a surrogate or a backslash")
         try:
             parts, port = urlsplit(url), urlsplit(url).port
         except ValueError:
@@ -71,8 +75,8 @@ class Target:
         if parts.username is not None:
             if any(name.lower() == "authorization" for name, _ in checked):
                 raise ValueError("the URL's userinfo and an Authorization header exclude each other")
-            userinfo = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            credentials = base64.b64encode(userinfo.encode()).decode()
+            userinfo = unquote_to_bytes(parts.username) + b":" + unquote_to_bytes(parts.password or "")
+            credentials = base64.b64encode(userinfo).decode()
             checked = (*checked, ("Authorization", f"Basic {credentials}"))
         return cls(
             _ascii_host(parts.hostname), port or (443 if secure else 80), ssl_context, resource, checked
@@ -86,10 +90,11 @@ class Target:
 
 
 def _ascii_host(host: str) -> str:
-    try:
-        return host.encode("idna").decode()
-    except UnicodeError:
-        raise ValueError("the URL's host is not a valid host name") from None
+    with contextlib.suppress(UnicodeError):
+        ascii_host = host.encode("idna").decode()
+        if _HOST.fullmatch(ascii_host):
+            return ascii_host
+    raise ValueError("the URL's host is not a valid host name")
 
 
 def _check_headers(headers: HeadersLike | None) -> tuple[tuple[str, str], ...]:

@@ -6,8 +6,9 @@ Neither backend's module is imported before that backend runs.
 from __future__ import annotations
 
 import abc
+import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -36,7 +37,27 @@ CLOSE = b"\x88"
 INVALID_HANDSHAKE = "the agent's answer to the WebSocket handshake is invalid"
 HANDSHAKE_CUT = "the agent closed the connection during the WebSocket handshake"
 BINARY_MESSAGE = "the agent sent a binary message"
-BAD_UTF8 = "a message is not valid UTF-8"
+BAD_UTF8 = "the agent sent text that is not valid UTF-8"
+TOO_LARGE = "a message is larger than Limits.message_size, or in too many fragments"
+VIOLATION = "the WebSocket protocol was broken"
+CUT_OFF = "the connection was closed without a close frame"
+LOST = "the connection was lost"
+
+
+LOST_CONNECTION: Final = (
+    OSError,
+    anyio.BrokenResourceError,
+    anyio.BusyResourceError,
+    anyio.ClosedResourceError,
+    anyio.EndOfStream,
+)
+"""What a stream raises when it is of no more use.
+
+With TLS, writing raises `anyio.EndOfStream`, too; and where the peer makes reading write (a key update), or
+writing read (a renegotiation), while the other direction is busy, `anyio.BusyResourceError`.
+"""
+
+_STATUS_LINE: Final = re.compile(rb"HTTP/\d\.\d (\d{3})[ \r\n]")
 
 
 class TransportClosed(Exception):
@@ -122,14 +143,14 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
     return thread_scheduler()
 
 
-def check_status_line(head: bytes) -> None:
+def check_status_line(head: bytes | bytearray) -> None:
     """Raise `ConnectError` as soon as the agent's answer shows that it does not switch protocols.
 
     So nothing of a rejection's body is read, however long it is, and no redirect is followed.
     """
-    status = head[9:12]
-    if head[:5] == b"HTTP/" and status.isdigit() and not status.startswith(b"1"):
-        raise ConnectError("the agent rejected the WebSocket handshake", status_code=int(status))
+    status = _STATUS_LINE.match(head)
+    if status is not None and status[1] != b"101":
+        raise ConnectError("the agent rejected the WebSocket handshake", status_code=int(status[1]))
 
 
 def _current_backend() -> str:
@@ -149,11 +170,11 @@ async def _connect_tcp(target: Target) -> ByteStream:
             tls_hostname=target.host,
             tls_standard_compatible=False,  # WebSocket has a close handshake of its own
         )
-    except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as exc:
+    except LOST_CONNECTION as exc:
         raise ConnectError(f"could not connect to {target.authority}: {_root_cause(exc)}") from exc
 
 
-def _root_cause(exc: BaseException) -> BaseException:
+def _root_cause(exc: BaseException) -> str:
     while exc.__cause__ is not None and not isinstance(exc.__cause__, BaseExceptionGroup):
         exc = exc.__cause__
-    return exc
+    return str(exc) or LOST

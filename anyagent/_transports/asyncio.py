@@ -18,15 +18,21 @@ from ..errors import ConnectError
 from . import (
     BAD_UTF8,
     BINARY_MESSAGE,
+    CUT_OFF,
     HANDSHAKE_CUT,
     HANDSHAKE_SIZE,
     INVALID_HANDSHAKE,
+    LOST,
+    LOST_CONNECTION,
     OUTPUT_SIZE,
     PONG,
+    TOO_LARGE,
+    VIOLATION,
     Transport,
     TransportClosed,
     check_status_line,
 )
+from .meter import FRAGMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,39 +76,41 @@ class AsyncioTransport(Transport):
         self._protocol = protocol
         self._output = bytearray()
         self._message = bytearray()
+        self._fragments = 0
         self._binary = False
         self._end: TransportClosed | None = None
-        self._arrived_with_handshake: list[bytes] = []
+        self._arrived_with_handshake: list[bytes] | None = None
 
     async def handshake(self) -> None:
         """Send the request; wait for the answer. Raises `ConnectError`."""
         protocol = self._protocol
-        head = b""
+        head = bytearray()
         try:
             await self._stream.send(b"".join(protocol.data_to_send()))
             while protocol.state is CONNECTING:
+                # Nothing of the library's own error: it may quote the request, if the peer has echoed it.
                 if protocol.handshake_exc is not None or len(head) > HANDSHAKE_SIZE:
-                    raise ConnectError(INVALID_HANDSHAKE) from protocol.handshake_exc
+                    raise ConnectError(INVALID_HANDSHAKE)
                 data = await self._stream.receive(_READ_SIZE)
                 head += data
                 check_status_line(head)
                 protocol.receive_data(data)
-        except (OSError, anyio.EndOfStream, anyio.BrokenResourceError) as exc:
+        except LOST_CONNECTION as exc:
             raise ConnectError(HANDSHAKE_CUT) from exc
         self._arrived_with_handshake = self._collect()
 
     async def receive(self) -> list[bytes]:
-        if self._arrived_with_handshake:
-            messages, self._arrived_with_handshake = self._arrived_with_handshake, []
-            return messages
+        if self._arrived_with_handshake is not None:
+            messages, self._arrived_with_handshake = self._arrived_with_handshake, None
+            return messages  # even if there are none: what arrived may have been a ping
         if self._end is not None:
             raise self._end
         try:
             self._protocol.receive_data(await self._stream.receive(_READ_SIZE))
         except anyio.EndOfStream:
             self._protocol.receive_eof()
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            raise TransportClosed(1006, "the connection was lost") from exc
+        except LOST_CONNECTION as exc:
+            raise TransportClosed(1006, LOST) from exc
         messages = self._collect()
         if self._take_output():
             self.output_ready()
@@ -119,9 +127,13 @@ class AsyncioTransport(Transport):
             if event.opcode is not Opcode.CONT:
                 self._binary = event.opcode is Opcode.BINARY
             self._message += event.data
+            self._fragments += 1
+            if self._fragments > FRAGMENTS:
+                self._end = TransportClosed(1009, TOO_LARGE, violation=True)
+                return messages
             if not event.fin:
                 continue
-            message, self._message = bytes(self._message), bytearray()
+            message, self._message, self._fragments = bytes(self._message), bytearray(), 0
             if self._binary:
                 self._end = TransportClosed(1002, BINARY_MESSAGE, violation=True)
                 return messages
@@ -133,11 +145,13 @@ class AsyncioTransport(Transport):
             messages.append(message)
         failure, close = self._protocol.parser_exc, self._protocol.close_rcvd
         if isinstance(failure, EOFError):
-            self._end = TransportClosed(1006, "the connection was closed without a close frame")
+            self._end = TransportClosed(1006, CUT_OFF)
         elif isinstance(failure, PayloadTooBig):
-            self._end = TransportClosed(1009, "a message is larger than Limits.message_size", violation=True)
+            self._end = TransportClosed(1009, TOO_LARGE, violation=True)
+        elif isinstance(failure, UnicodeDecodeError):
+            self._end = TransportClosed(1007, BAD_UTF8, violation=True)
         elif failure is not None:
-            self._end = TransportClosed(1002, f"the WebSocket protocol was broken: {failure}", violation=True)
+            self._end = TransportClosed(1002, f"{VIOLATION}: {failure}", violation=True)
         elif close is not None:
             self._end = TransportClosed(close.code, close.reason)
         return messages
@@ -156,7 +170,7 @@ class AsyncioTransport(Transport):
             data, self._output = self._output, bytearray()
             try:
                 await self._stream.send(bytes(data))
-            except (OSError, anyio.ClosedResourceError) as exc:
+            except LOST_CONNECTION as exc:
                 raise anyio.BrokenResourceError from exc
 
     def ping(self) -> None:
@@ -165,7 +179,7 @@ class AsyncioTransport(Transport):
             self.output_ready()
 
     async def close(self, code: int) -> None:
-        if self._protocol.state is OPEN:
+        if self._protocol.state is OPEN and code != 1006:  # which is no code that can be sent
             self._protocol.send_close(code)
             self.output_ready()
 
