@@ -19,7 +19,6 @@ from unittest import mock
 
 import anyio.to_thread
 import pytest
-from prompt_toolkit.application import create_app_session
 
 from anyagent.cli import main
 
@@ -75,7 +74,6 @@ def run_with(
         mock.patch.dict(os.environ, environment, clear=True),
         mock.patch.multiple(sys, stdin=stdin, stdout=stdout, stderr=stderr),
         _deadline(),
-        create_app_session(),
         pytest.raises(SystemExit) as excinfo,
     ):
         main(arguments)

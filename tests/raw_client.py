@@ -48,12 +48,9 @@ class RawClient:
 
 
 @contextlib.contextmanager
-def connect_before_status(
-    url: str, ssl_context: ssl.SSLContext | None = None, compression: str | None = None
-) -> Iterator[RawClient]:
+def connect_before_status(url: str, compression: str | None = None) -> Iterator[RawClient]:
     with websocket_connect(
         url,
-        ssl=ssl_context,
         compression=compression,
         max_size=None,
         proxy=None,
@@ -66,10 +63,8 @@ def connect_before_status(
 
 
 @contextlib.contextmanager
-def connect(
-    url: str, ssl_context: ssl.SSLContext | None = None, compression: str | None = None
-) -> Iterator[RawClient]:
-    with connect_before_status(url, ssl_context, compression) as client:
+def connect(url: str, compression: str | None = None) -> Iterator[RawClient]:
+    with connect_before_status(url, compression) as client:
         assert client.receive()["type"] == "STATUS"
         yield client
 
@@ -102,12 +97,21 @@ class RawSocket:
 
 
 @contextlib.contextmanager
-def connect_raw(url: str) -> Iterator[RawSocket]:
-    """A connection up to and including its STATUS."""
+def connect_raw(url: str, ssl_context: ssl.SSLContext | None = None) -> Iterator[RawSocket]:
+    """A connection up to and including its STATUS.
+
+    The one to use with TLS: `RawClient` reads and writes in two threads, which an `ssl.SSLSocket` does not
+    always survive.
+    """
     address = urlsplit(url)
     assert address.hostname is not None
     assert address.port is not None
-    with socket.create_connection((address.hostname, address.port), timeout=DEADLINE) as sock:
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(
+            socket.create_connection((address.hostname, address.port), timeout=DEADLINE)
+        )
+        if ssl_context is not None:
+            sock = stack.enter_context(ssl_context.wrap_socket(sock, server_hostname=address.hostname))
         client = RawSocket(sock)
         key = base64.b64encode(b"sixteen bytes...").decode()
         sock.sendall(

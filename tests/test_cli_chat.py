@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from anyagent import im
+from anyagent.cli._display import Display
 from anyagent.testing import AgentReply, EmbeddedAgent, embedded_agent, faults
 
 from .cli_runner import (
@@ -103,14 +104,25 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(backend: str, wire: Any) -> No
         agent.wait_for_connections(0)
 
 
-def test_a_second_ctrl_c_right_after_the_first_does_not_leave_the_chat() -> None:
+def test_a_second_ctrl_c_right_after_the_first_does_not_leave_the_chat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Display.note
+
+    def note_and_interrupt(display: Display, text: str) -> None:
+        original(display, text)
+        signal.raise_signal(signal.SIGINT)
+
     def person() -> None:
         terminal.wait_for(PROMPT)
         terminal.type("Hello!" + ENTER)
         terminal.wait_for("begun")
+        monkeypatch.setattr(Display, "note", note_and_interrupt)
         send_signal(signal.SIGINT)
         terminal.wait_for("anyagent: stopped\r\n")
-        send_signal(signal.SIGINT)
+        terminal.wait_for(PROMPT)
+        terminal.type("again" + ENTER)
+        terminal.wait_for("whole again\r\n")
         terminal.wait_for(PROMPT)
         terminal.type(CTRL_D)
 

@@ -195,7 +195,7 @@ def test_the_help_lists_the_exit_codes(command: str) -> None:
 
 def test_no_arguments_show_the_help() -> None:
     outcome = run()
-    assert outcome.code == 2
+    assert outcome.code in (0, 2)  # it depends on the version of click
     assert "Commands:" in outcome.out + outcome.err
 
 

@@ -741,10 +741,14 @@ def test_an_agent_can_be_served_over_tls() -> None:
     authority.issue_cert("127.0.0.1").configure_cert(server_context)
     client_context = ssl.create_default_context()
     authority.configure_trust(client_context)
-    with embedded_agent(ssl_context=server_context) as agent, connect(agent.url, client_context) as client:
+    with (
+        embedded_agent(ssl_context=server_context) as agent,
+        connect_raw(agent.url, client_context) as client,
+    ):
         assert agent.url == f"wss://127.0.0.1:{agent.port}"
-        client.prompt("Hello", id="a")
-        assert client.receive_answer() == [text_chunk("Hello", id="a"), end(1, id="a")]
+        client.send_frame(0x81, b'{"type":"USER_MESSAGE","text":"Hello"}')
+        assert client.receive_until(b"}")[2:] == b'{"type":"AGENT_EVENT_TEXT_CHUNK","text":"Hello"}'
+        assert client.receive_until(b"}")[2:] == b'{"type":"AGENT_EVENT_END","tokens_used":1}'
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

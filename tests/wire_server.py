@@ -80,6 +80,17 @@ class Frame(NamedTuple):
     payload: bytes
 
 
+def _open_sockets() -> dict[int, int]:
+    """This process' sockets: the inode by the file descriptor."""
+    found = {}
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # it is closed by now
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[int(name)] = status.st_ino
+    return found
+
+
 class Peer:
     """The agent's end of one connection."""
 
@@ -90,6 +101,15 @@ class Peer:
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         self.sock = context.wrap_socket(self.sock, server_side=True)
+
+    def client_socket(self) -> socket.socket:
+        """A duplicate of the socket at the other end, which is in this process, too."""
+        for number in _open_sockets():
+            sock = socket.fromfd(number, self.sock.family, self.sock.type)
+            if sock.getsockname() == self.sock.getpeername():
+                return sock
+            sock.close()
+        raise AssertionError("the client has closed its socket")
 
     # Opening
 
@@ -227,13 +247,8 @@ class _Resources:
 
     @classmethod
     def now(cls) -> _Resources:
-        sockets = set()
-        for name in os.listdir("/dev/fd"):
-            with contextlib.suppress(OSError):  # what listed the directory
-                status = os.fstat(int(name))
-                if stat.S_ISSOCK(status.st_mode):
-                    sockets.add(status.st_ino)
-        return cls(frozenset(sockets), frozenset(task.id for task in anyio.get_running_tasks()))
+        tasks = frozenset(task.id for task in anyio.get_running_tasks())
+        return cls(frozenset(_open_sockets().values()), tasks)
 
     async def wait_restored(self) -> None:
         """An event loop may need some turns to close a socket."""

@@ -74,12 +74,12 @@ class _Feed(trio.abc.Stream):
         self._wake_up.set()
 
     def write(self, frame: bytes | bytearray | memoryview) -> None:
-        """Keep `frame` for the socket, unless a close frame came before, or it is one pong too many."""
-        if self._closing or (frame[:1] == PONG and len(self.output) >= OUTPUT_SIZE):
-            return
-        self._closing = frame[:1] == CLOSE
-        self.output += frame
-        self.on_output()
+        """Keep `frame` for the socket, unless it is one pong too many, or no pong and after a close frame."""
+        unwanted = len(self.output) >= OUTPUT_SIZE if frame[:1] == PONG else self._closing
+        if not unwanted:
+            self._closing = self._closing or frame[:1] == CLOSE
+            self.output += frame
+            self.on_output()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         self.hungry = True
@@ -181,12 +181,13 @@ class TrioTransport(Transport):
             raise ConnectError(HANDSHAKE_CUT) from exc
 
     async def _digest(self) -> list[bytes]:
-        """Let the library work until it asks for more bytes or ends; return the messages that it delivers."""
+        """Let the library work until it asks for more bytes or ends; return the messages that it delivers.
+
+        Called when it has just been started or been given something, and has not run since.
+        """
         messages: list[bytes] = []
         with trio.CancelScope() as scope:
             self._feed.on_pause = scope.cancel
-            if self._feed.hungry or self._finished:
-                return messages
             if self._opened:
                 with contextlib.suppress(ConnectionClosed):
                     while True:

@@ -75,6 +75,7 @@ def _open_editor(history: Path | None, display: Display, signals: Signals) -> Ca
     """A function that has a line edited; ``None`` is the wish to leave."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.input import create_input
     from prompt_toolkit.output import create_output
 
     if history is not None:
@@ -84,6 +85,7 @@ def _open_editor(history: Path | None, display: Display, signals: Signals) -> Ca
             raise UsageError(f"--history {history}: {exc.strerror}") from exc
     session: PromptSession[str] = PromptSession(
         history=InMemoryHistory() if history is None else FileHistory(history),
+        input=create_input(),
         output=create_output(always_prefer_tty=True),
     )
 

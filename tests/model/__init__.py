@@ -1,0 +1,1 @@
+"""A model of a session, plans of what may happen to one, and players that carry plans out on a real one."""
