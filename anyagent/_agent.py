@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from . import im
 from ._response import Reply, Response
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ._session import AgentStats, Session
     from .om import Status
 
@@ -56,6 +55,8 @@ class Agent:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise TypeError(f"metadata must be a mapping, not {type(metadata).__name__}")
         message = im.UserMessage(
             text=text, conversation=conversation, metadata=None if metadata is None else dict(metadata)
         )
@@ -64,7 +65,7 @@ class Agent:
     async def ask(
         self, text: str, *, conversation: str | None = None, metadata: Mapping[str, object] | None = None
     ) -> Reply:
-        """Send a prompt and return the whole answer.
+        """Send a prompt and return the whole answer; not for agents that call tools (see `Response.collect`).
 
         Takes and raises what `send_message` and `Response.collect` do. Cancelled: the request is, too.
         """

@@ -50,8 +50,9 @@ async def open_agent(
     * `headers`: a mapping or pairs, sent with the handshake.
     * `ssl_context`: for ``wss://``; by default `ssl.create_default_context`, which verifies.
     * `limits`, `timeouts`, `heartbeat`: see `Limits`, `Timeouts`, `Heartbeat`; ``heartbeat=None`` sends none.
-    * `on_notice`: called, in order, with every message that belongs to no request. It runs on the receiver,
-      so it must not block. An exception in it ends the block, and comes out of it as itself.
+    * `on_notice`: called, in order, with every message behind the first status that belongs to no request.
+      It runs on the receiver, so it must not block. An exception in it ends the block, and comes out of it
+      as itself.
 
     Raises `ConnectError` if no connection comes about within ``timeouts.connect``, `ValueError` for a bad
     URL, header or dialect before anything is sent. No redirect is followed, no compression offered, no
@@ -98,7 +99,7 @@ async def run_agent(
             # The block's exception must not pass through the task group, which would wrap it.
             try:
                 transport, chosen, status, backlog = await _establish(connect, task_group, dialect, timeouts)
-                opened = Session(
+                session = Session(
                     transport,
                     chosen,
                     status,
@@ -109,9 +110,8 @@ async def run_agent(
                     on_notice=on_notice,
                     run_soon=_transports.thread_scheduler(),
                 )
-                async with _closed_on_error(transport):
-                    await task_group.start(opened.run)
-                session = opened
+                task_group.start_soon(session.run)
+                await session.running()
                 with anyio.CancelScope() as block:
                     session.on_crash = block.cancel
                     yield Agent(session)

@@ -12,6 +12,7 @@ from .errors import AgentError, SlowConsumerError
 from .om import Error, EventReasoningChunk, EventTextChunk
 
 if TYPE_CHECKING:
+    from ._writer import Outgoing
     from .config import Limits
     from .errors import Phase
     from .om import AgentEvent, EventEnd
@@ -38,8 +39,8 @@ class ResponseStats:
 class Request:
     """One ``IM.UserMessage`` and everything that answers it.
 
-    It is `settled` once its outcome is fixed; the agent may still be answering then, if it could not be
-    told to stop.
+    It is `settled` once its outcome is fixed. The agent may still be answering then, if its lane has to be
+    drained; `drained` is set when it has ended. `queued` are its messages that wait for the writer.
 
     Events reach the consumer in batches, through a memory object stream of one batch. While that batch has
     not been taken, further events join it.
@@ -52,9 +53,12 @@ class Request:
         self.end: EventEnd | None = None
         self.error: Exception | None = None
         self.settled = False
+        self.drained: anyio.Event | None = None
+        self.queued: list[Outgoing] = []
         self._limits = limits
         self._send, self._receive = anyio.create_memory_object_stream[list["AgentEvent"]](1)
         self._pending: list[AgentEvent] | None = None
+        self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
         self._handed_over = False
         self._pending_size = 0
 
@@ -69,11 +73,18 @@ class Request:
             return True
         if self._pending_size + size > self._limits.response_bytes:
             raise SlowConsumerError("response_bytes", self._limits.response_bytes)
-        if len(pending) >= self._limits.response_events:
+        if len(pending) < self._limits.response_events:
+            pending.append(event)
+        elif isinstance(event, _MERGEABLE) and type(event) is type(pending[-1]):
+            self._tail.append(event)
+            if len(self._tail) >= self._limits.response_events:
+                self._join_tail(pending)
+        else:
+            self._join_tail(pending)
             pending[:] = _merge(pending)
             if len(pending) >= self._limits.response_events:
                 raise SlowConsumerError("response_events", self._limits.response_events)
-        pending.append(event)
+            pending.append(event)
         self._pending_size += size
         return False
 
@@ -86,6 +97,7 @@ class Request:
     async def take(self) -> list[AgentEvent]:
         """Wait for the next batch, at a checkpoint in any case. Raises `anyio.EndOfStream` after the last."""
         batch = await self._receive.receive()
+        self._join_tail(batch)
         self._pending = None
         self._handed_over = False
         return batch
@@ -107,6 +119,11 @@ class Request:
     def discard(self) -> None:
         """Close the reading end: nobody will take what is left."""
         self._receive.close()
+
+    def _join_tail(self, pending: list[AgentEvent]) -> None:
+        if self._tail:
+            pending[-1:] = _merge([pending[-1], *self._tail])
+            self._tail.clear()
 
 
 def agent_error(message: Error) -> AgentError:

@@ -61,6 +61,7 @@ class Response:
         self._budget = 0
         self._guard = anyio.ResourceGuard("iterating over this response")
         self._closed = False
+        self._exhausted = False
 
     @property
     def id(self) -> str:
@@ -106,16 +107,15 @@ class Response:
             else:
                 self._batch.extend(await self._request.take())
         except anyio.EndOfStream:
+            self._exhausted = not self._closed  # else it was closed meanwhile, by another task
             self._close()
         except BaseException:
             self._close()
             raise
         if not self._batch:
-            if self._request.error is not None:
-                raise self._request.error
-            if self._request.end is None:
+            if not self._exhausted:
                 raise anyio.ClosedResourceError
-            raise StopAsyncIteration
+            raise self._request.error or StopAsyncIteration
 
     async def aclose(self) -> None:
         """Leave: if the agent is still busy with the request, tell it to stop.
@@ -135,17 +135,17 @@ class Response:
     async def collect(self) -> Reply:
         """Read to the end and return the text of all text chunks that were not read yet, as one `Reply`.
 
+        Nothing answers an `OM.EventToolCall` here, and the agent would wait: iterate if it may call tools.
         Raises what iterating raises, with the `Reply` so far as its `partial`. Cancelled: so is the request.
         """
         texts: list[str] = []
-        async with self:
-            try:
-                async for event in self:
-                    if isinstance(event, EventTextChunk):
-                        texts.append(event.text)
-            except AnyAgentError as exc:
-                exc.partial = Reply("".join(texts), self.tokens_used)
-                raise
+        try:
+            async for event in self:
+                if isinstance(event, EventTextChunk):
+                    texts.append(event.text)
+        except AnyAgentError as exc:
+            exc.partial = Reply("".join(texts), self.tokens_used)
+            raise
         return Reply("".join(texts), self.tokens_used)
 
     async def send_tool_result(self, call_id: str, output: str) -> None:

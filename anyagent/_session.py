@@ -19,7 +19,7 @@ from .errors import AnyAgentError, Disconnected, ProtocolError, SlowConsumerErro
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from anyio.abc import TaskGroup, TaskStatus
+    from anyio.abc import TaskGroup
 
     from ._transports import Transport
     from .config import Heartbeat, Limits, Timeouts
@@ -77,6 +77,9 @@ class _Failure:
         return error
 
 
+_LEFT: Final = _Failure(1000, "the agent was closed")
+
+
 class Session:
     """One connection and the requests on it.
 
@@ -114,7 +117,6 @@ class Session:
         self._run_soon = run_soon
         self._lanes = Lanes(dialect.lanes, self._in_flight_limit(status))
         self._requests: dict[str, Request] = {}
-        self._draining: dict[str, anyio.Event] = {}  # set when the answer that nobody reads has ended
         self._tombstones: OrderedDict[str, None] = OrderedDict()
         self._abandoned: deque[Request] = deque()
         self._wake_reaper = anyio.Event()
@@ -124,6 +126,7 @@ class Session:
         self._closing = False
         self._heard = anyio.current_time()
         self._receiver_done = anyio.Event()
+        self._running = anyio.Event()
         self._closed = anyio.Event()
         self._scope = anyio.CancelScope(shield=True)
         self._tasks: TaskGroup
@@ -146,20 +149,20 @@ class Session:
         request = Request(lane, self._limits)
         self._requests[lane] = request
         self.stats.requests += 1
-        self._writer.queue(Outgoing(data, request, opens_request=True))
+        self._writer.queue(Outgoing(data, request))
         return request
 
     async def send_tool_result(self, request: Request, call_id: str, output: str) -> None:
         """Queue a result and wait until the writer has taken it. Cancelled before that: it is not sent."""
         data = self._dialect.encode(im.ToolResult(id=request.lane, call_id=call_id, output=output))
         taken = anyio.Event()
-        outgoing = Outgoing(data, request, taken=taken)
+        outgoing = Outgoing(data, request, taken)
         if not request.settled:
             self._writer.queue(outgoing)
             try:
                 await taken.wait()
             except BaseException:
-                outgoing.withdrawn = True
+                self._writer.withdraw(outgoing)
                 raise
         if request.settled:
             raise request.error or anyio.ClosedResourceError
@@ -182,14 +185,23 @@ class Session:
     async def aclose(self) -> None:
         """Cancel what is in flight, close with a handshake, end all tasks; cannot be cancelled."""
         with anyio.CancelScope(shield=True):
+            await self._running.wait()
             for request in self._requests.values():
-                self._tell_to_stop(request)
-            self._fail(_Failure(1000, "the agent was closed"))
+                if not request.settled:
+                    self.stats.cancelled += 1
+                    self._tell_to_stop(request)
+                    self._settle(request, _LEFT.for_request(request.phase))
+            self._fail(_LEFT)
             await self._closed.wait()
 
     # Tasks
 
-    async def run(self, *, task_status: TaskStatus[None]) -> None:
+    async def running(self) -> None:
+        """Wait until `run` has got under way, which takes a moment and is not cancelled."""
+        with anyio.CancelScope(shield=True):
+            await self._running.wait()
+
+    async def run(self) -> None:
         try:
             with self._scope:
                 async with anyio.create_task_group() as self._tasks:
@@ -198,7 +210,7 @@ class Session:
                     self._start(self._reap)
                     if self._heartbeat is not None:
                         self._start(self._beat, self._heartbeat)
-                    task_status.started()
+                    self._running.set()
         finally:
             with anyio.CancelScope(shield=True):
                 await self._transport.aclose()
@@ -270,15 +282,16 @@ class Session:
     async def _drain(self, request: Request, drained: anyio.Event) -> None:
         with anyio.move_on_after(self._timeouts.drain):
             await drained.wait()
+        if drained.is_set() or self._failure is not None:
             return
-        if self._failure is None and self._dialect.lanes is None:
+        if self._dialect.lanes is None:
             self._bury(request)
         else:
             reason = f"an answer that was left did not end within {self._timeouts.drain:g} s"
             self._fail(_Failure(1000, reason))
 
     async def _leave_at_deadline(self, deadline: float) -> None:
-        await anyio.sleep(deadline)
+        await anyio.sleep(max(deadline, 0))
         self._fail_gracefully()
 
     async def _close_transport(self, code: int) -> None:
@@ -346,14 +359,15 @@ class Session:
                 del self._tombstones[lane]
 
     def _terminate(self, request: Request, terminal: om.EventEnd | om.Error) -> None:
-        if request.settled:
-            self._draining.pop(request.lane).set()
+        if request.drained is not None:
+            request.drained.set()
         elif isinstance(terminal, om.EventEnd):
             self.stats.completed += 1
-            request.settle(terminal, self._heard)
+            self._last_error = None
+            self._settle(request, terminal)
         else:
             self.stats.failed += 1
-            request.settle(agent_error(terminal), self._heard)
+            self._settle(request, agent_error(terminal))
         self._remove(request)
 
     def _notice(self, message: om.ServerMessage) -> None:
@@ -375,7 +389,7 @@ class Session:
         self._lanes.close(newcomers.for_newcomer)
         for request in [request for request in self._requests.values() if request.phase == "not_sent"]:
             self.stats.failed += 1
-            request.settle(newcomers.for_newcomer(), self._heard)
+            self._settle(request, newcomers.for_newcomer())
             del self._requests[request.lane]
             self._lanes.release(request.lane)
         if not self._requests:
@@ -403,14 +417,19 @@ class Session:
     def _stop(self, request: Request, error: Exception | None) -> None:
         """Settle a request that the agent has not ended, and see to its lane."""
         self._tell_to_stop(request)
-        request.settle(error, anyio.current_time())
+        self._settle(request, error)
         if request.phase == "not_sent":
             self._remove(request)
-        elif self._can_cancel:
+        elif self._can_cancel and self._dialect.lanes is None:
             self._bury(request)
         else:
-            drained = self._draining[request.lane] = anyio.Event()
-            self._start(self._drain, request, drained)
+            request.drained = anyio.Event()
+            self._start(self._drain, request, request.drained)
+
+    def _settle(self, request: Request, outcome: om.EventEnd | Exception | None) -> None:
+        request.settle(outcome, anyio.current_time())
+        for outgoing in tuple(request.queued):
+            self._writer.withdraw(outgoing)
 
     def _tell_to_stop(self, request: Request) -> None:
         if self._can_cancel and request.phase != "not_sent" and not request.settled:
@@ -445,8 +464,7 @@ class Session:
         for request in requests.values():
             if not request.settled:
                 self.stats.failed += 1
-                request.settle(failure.for_request(request.phase), anyio.current_time())
-        self._writer.release_waiters()
+                self._settle(request, failure.for_request(request.phase))
         self._start_closing(close_code)
 
     def _start_closing(self, code: int = 1000) -> None:

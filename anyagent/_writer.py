@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -19,18 +19,11 @@ _WRITE_SIZE: Final = 64 * 1024
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Outgoing:
-    """A message that waits for the writer. If its `request` is settled by then, it is left out.
-
-    * `opens_request`: it is the request's own message, whose writing makes the request ``"sent"``.
-    * `taken`: set once the writer has taken it, or never will.
-    * `withdrawn`: whoever queued it does not want it sent any more.
-    """
+    """A message that waits for the writer; `taken` is set once the writer has taken it, or never will."""
 
     data: bytes
     request: Request | None = None
-    opens_request: bool = False
     taken: anyio.Event | None = None
-    withdrawn: bool = False
 
 
 class Writer:
@@ -42,7 +35,7 @@ class Writer:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._queue: deque[Outgoing] = deque()
+        self._queue: OrderedDict[Outgoing, None] = OrderedDict()
         self._has_work = False
         self._ended = False
         self._wakes = anyio.Event()
@@ -51,18 +44,20 @@ class Writer:
         transport.output_ready = self._wake
 
     def queue(self, outgoing: Outgoing) -> None:
-        self._queue.append(outgoing)
+        self._queue[outgoing] = None
+        if outgoing.request is not None:
+            outgoing.request.queued.append(outgoing)
         self._wake()
+
+    def withdraw(self, outgoing: Outgoing) -> None:
+        """Take a message out of the queue, if it is still there."""
+        if outgoing in self._queue:
+            del self._queue[outgoing]
+            _release(outgoing)
 
     async def flushed(self) -> None:
         """Wait until nothing is left to write, or nothing can be written any more."""
         await self._flushed.wait()
-
-    def release_waiters(self) -> None:
-        """Let nobody wait for the writer to take a message: the requests are settled."""
-        for outgoing in self._queue:
-            if outgoing.taken is not None:
-                outgoing.taken.set()
 
     async def run(self) -> None:
         """Write what is queued, for ever. Raises `anyio.BrokenResourceError` when the connection is gone."""
@@ -89,16 +84,20 @@ class Writer:
         writes: list[bytes] = []
         size = 0
         while self._queue and size < _WRITE_SIZE:
-            outgoing = self._queue.popleft()
+            outgoing, _ = self._queue.popitem(last=False)
             request = outgoing.request
-            if outgoing.taken is not None:
-                outgoing.taken.set()
-            if outgoing.withdrawn or (request is not None and request.settled):
-                continue
-            if request is not None and outgoing.opens_request:
+            _release(outgoing)
+            if request is not None and request.phase == "not_sent":
                 request.phase = "sent"
                 request.stats.sent = anyio.current_time()
             writes.append(outgoing.data)
             size += len(outgoing.data)
         self._has_work = self._has_work or bool(self._queue)
         return writes
+
+
+def _release(outgoing: Outgoing) -> None:
+    if outgoing.request is not None:
+        outgoing.request.queued.remove(outgoing)
+    if outgoing.taken is not None:
+        outgoing.taken.set()

@@ -43,6 +43,9 @@ class AnyAgentError(Exception):
 
     partial: Reply | None = None
 
+    def __reduce__(self) -> tuple[object, ...]:  # the default calls the class with `args` alone
+        return _rebuild, (type(self), self.args, self.__dict__)
+
 
 class ConnectError(AnyAgentError):
     """No usable connection came about.
@@ -64,7 +67,8 @@ class ConnectError(AnyAgentError):
 class Disconnected(AnyAgentError):
     """The connection ended before the request did, or there is none to send it on.
 
-    * `code`, `reason`: of the close frame (RFC 6455, section 7.4); 1006 where the agent sent none.
+    * `code`, `reason`: of the agent's close frame (RFC 6455, section 7.4), and 1006 if the connection ended
+      without one; 1000 or 1001 if it was closed from this side, or will be after a graceful disconnect.
     * `graceful`: the agent had announced it with an ``OM.GracefulDisconnect``.
     * `phase`: how far this request had come. Only ``"not_sent"`` is certain not to have reached the agent.
     """
@@ -133,3 +137,11 @@ class SlowConsumerError(AnyAgentError):
 
     def __str__(self) -> str:
         return f"the response was not read and its buffer reached Limits.{self.limit} = {self.value}"
+
+
+def _rebuild(
+    error_type: type[AnyAgentError], args: tuple[object, ...], state: dict[str, object]
+) -> AnyAgentError:
+    error = error_type.__new__(error_type, *args)
+    error.__dict__.update(state)
+    return error

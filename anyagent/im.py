@@ -67,8 +67,11 @@ def encode(message: ClientMessage) -> bytes:
     try:
         return _encoder.encode(message)
     except UnicodeEncodeError:
-        pass  # it holds the whole text and shows it in its repr, so it must not become a __context__
-    raise ValueError("the message holds a lone surrogate, which UTF-8 cannot encode")
+        problem = "holds a lone surrogate, which UTF-8 cannot encode"
+    except RecursionError:
+        problem = "is nested too deeply, or contains itself"
+    # Raised out here: the original holds the whole text, and would become the __context__.
+    raise ValueError(f"the message {problem}")
 
 
 def decode(data: str | bytes | memoryview) -> ClientMessage:
@@ -76,4 +79,6 @@ def decode(data: str | bytes | memoryview) -> ClientMessage:
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise ProtocolError(f"not a message of a client ({type(exc).__name__})") from exc
+        problem = type(exc).__name__
+    # Raised out here: the original may hold the whole message, and would become the __context__.
+    raise ProtocolError(f"not a message of a client ({problem})")

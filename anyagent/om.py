@@ -6,6 +6,7 @@ fields are ignored; an unknown ``type`` becomes an `Unknown`. All structs are im
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
@@ -148,21 +149,24 @@ def decode(data: bytes | memoryview) -> ServerMessage:
     Raises `ProtocolError` for whatever is not such a message; its `request_id` is the message's ``id``
     where the JSON was well-formed enough to have one.
     """
+    problem: Exception
     try:
         return _decoder.decode(data)
-    except msgspec.ValidationError as exc:
-        invalid = exc
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise _undecodable(data, exc) from exc
-    try:
-        envelope = _envelope_decoder.decode(data)
-        text = str(data, "utf-8")
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise _undecodable(data, exc) from exc
-    request_id = envelope.id if isinstance(envelope.id, str) else None
-    if isinstance(envelope.type, str) and envelope.type not in _known_types:
-        return Unknown(envelope.type, text, id=request_id)
-    raise ProtocolError(f"a message has a wrong field: {invalid}", request_id=request_id) from invalid
+        problem = exc
+    if isinstance(problem, msgspec.ValidationError):
+        try:
+            envelope = _envelope_decoder.decode(data)
+            text = str(data, "utf-8")
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+            problem = exc
+        else:
+            request_id = envelope.id if isinstance(envelope.id, str) else None
+            if isinstance(envelope.type, str) and envelope.type not in _known_types:
+                return Unknown(envelope.type, text, id=request_id)
+            raise ProtocolError(f"a message has a wrong field: {problem}", request_id=request_id)
+    # Raised without a context: the original may hold the whole message.
+    raise _undecodable(data, problem)
 
 
 def encode(message: ServerMessage) -> bytes:
@@ -173,10 +177,13 @@ def encode(message: ServerMessage) -> bytes:
 
 
 def _undecodable(data: bytes | memoryview, exc: Exception) -> ProtocolError:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         str(data, "utf-8")
-    except UnicodeDecodeError:
-        return ProtocolError("a message is not valid UTF-8", close_code=1007)
+        return _malformed(exc)
+    return ProtocolError("a message is not valid UTF-8", close_code=1007)
+
+
+def _malformed(exc: Exception) -> ProtocolError:
     if isinstance(exc, RecursionError):
         return ProtocolError("a message is nested too deeply")
     return ProtocolError(f"a message is not one JSON object: {exc}")

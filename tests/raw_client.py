@@ -121,3 +121,15 @@ def connect_raw(url: str, ssl_context: ssl.SSLContext | None = None) -> Iterator
         assert b" 101 " in client.receive_until(b"\r\n\r\n")
         assert b"STATUS" in client.receive_until(b"}")
         yield client
+
+
+def text_chunk(text: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "AGENT_EVENT_TEXT_CHUNK", "text": text, **fields}
+
+
+def end(tokens_used: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "AGENT_EVENT_END", "tokens_used": tokens_used, **fields}
+
+
+def error(code: str, details: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "ERROR", "code": code, "details": details, **fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from anyagent import im
+from anyagent import Agent, im
+from anyagent.cli._connection import Connection
 from anyagent.cli._display import Display
 from anyagent.testing import AgentReply, EmbeddedAgent, embedded_agent, faults
 
@@ -265,6 +267,34 @@ def test_sigterm_leaves_the_editor() -> None:
     with embedded_agent() as agent, Terminal() as terminal, someone(person):
         assert terminal.run("chat", "--url", agent.url) == 143
         agent.wait_for_connections(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_signal_raises_does_not_get_into_the_event_loop(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[object] = []
+    original = Connection.open
+
+    class Spy(contextlib.AbstractAsyncContextManager[Agent]):
+        def __init__(self, connection: Connection) -> None:
+            self._opening = original(connection)
+
+        async def __aenter__(self) -> Agent:
+            return await self._opening.__aenter__()
+
+        async def __aexit__(self, *exc_info: Any) -> bool | None:
+            passed.extend(exc_info)
+            return await self._opening.__aexit__(*exc_info)
+
+    async def handler(message: im.UserMessage, reply: AgentReply) -> None:
+        send_signal(signal.SIGTERM)
+        await reply.hang()
+
+    monkeypatch.setattr(Connection, "open", Spy)
+    with embedded_agent(handler) as agent:
+        assert run("chat", "--url", agent.url, "--backend", backend, stdin=b"Hello!\n").code == 143
+    assert passed == [None, None, None]
 
 
 # What ends a chat, and what does not.

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from anyagent import im, om
 from anyagent.testing import AgentReply, embedded_agent, faults
 
-from .raw_client import DEADLINE, connect, connect_raw
+from .raw_client import DEADLINE, connect, connect_raw, end, text_chunk
 
 if TYPE_CHECKING:
     from .raw_client import RawClient
@@ -25,14 +25,6 @@ PARTIAL = b'{"type":"AGENT_EVENT_TEXT_CHUNK","text":"partial","id":"a"}'
 TEXT_FRAME = 0x81
 PING_FRAME = 0x89
 CLOSE_FRAME = 0x88
-
-
-def chunk(text: str, **fields: Any) -> dict[str, Any]:
-    return {"type": "AGENT_EVENT_TEXT_CHUNK", "text": text, **fields}
-
-
-def end(tokens_used: int, **fields: Any) -> dict[str, Any]:
-    return {"type": "AGENT_EVENT_END", "tokens_used": tokens_used, **fields}
 
 
 def closure_of(client: RawClient) -> ConnectionClosed:
@@ -53,7 +45,7 @@ def test_close_mid_answer_sends_a_close_frame_and_no_terminal() -> None:
     with embedded_agent(faults.close_mid_answer) as agent:
         with connect(agent.url) as client:
             client.prompt("?", id="a")
-            assert client.receive() == chunk("partial", id="a")
+            assert client.receive() == text_chunk("partial", id="a")
             closure = closure_of(client)
             assert closure.rcvd is not None
             assert (closure.rcvd.code, closure.rcvd.reason) == (1011, "fault")
@@ -80,7 +72,7 @@ def test_drop_mid_answer_ends_the_stream_after_the_chunk_without_a_close_frame()
 def test_drop_mid_answer_is_seen_by_a_client_as_an_abnormal_closure() -> None:
     with embedded_agent(faults.drop_mid_answer) as agent, connect(agent.url) as client:
         client.prompt("?", id="a")
-        assert client.receive() == chunk("partial", id="a")
+        assert client.receive() == text_chunk("partial", id="a")
         closure = closure_of(client)
         assert closure.rcvd is None
         assert not isinstance(closure.__cause__, OSError)
@@ -142,20 +134,20 @@ def test_an_agent_whose_dropped_connection_is_never_closed_stops_nevertheless() 
 def test_no_terminal_leaves_the_request_without_an_end_and_the_connection_usable() -> None:
     with embedded_agent(faults.no_terminal, max_in_flight=1) as agent, connect(agent.url) as client:
         client.prompt("?", id="a")
-        assert client.receive() == chunk("partial", id="a")
+        assert client.receive() == text_chunk("partial", id="a")
         client.send(type="CANCEL", id="a")
         client.prompt("?", id="b")
-        assert client.receive() == chunk("partial", id="b")
+        assert client.receive() == text_chunk("partial", id="b")
 
 
 def test_late_events_come_after_the_cancel_with_the_id_of_the_cancelled_request() -> None:
     with embedded_agent(faults.late_events) as agent, connect(agent.url) as client:
         client.prompt("?", id="a")
-        assert client.receive() == chunk("partial", id="a")
+        assert client.receive() == text_chunk("partial", id="a")
         client.send(type="CANCEL", id="a")
         assert client.receive_answer() == [
-            chunk("late", id="a"),
-            chunk("later", id="a"),
+            text_chunk("late", id="a"),
+            text_chunk("later", id="a"),
             end(3, id="a", status="cancelled"),
         ]
 
@@ -164,14 +156,14 @@ def test_late_events_end_with_the_connection() -> None:
     with embedded_agent(faults.late_events) as agent:
         with connect(agent.url) as client:
             client.prompt("?", id="a")
-            assert client.receive() == chunk("partial", id="a")
+            assert client.receive() == text_chunk("partial", id="a")
         agent.wait_for_connections(0)
 
 
 def test_bad_json_is_half_an_object_in_the_middle_of_an_answer() -> None:
     with embedded_agent(faults.bad_json) as agent, connect(agent.url) as client:
         client.prompt("?", id="a")
-        assert client.receive() == chunk("partial", id="a")
+        assert client.receive() == text_chunk("partial", id="a")
         assert client.websocket.recv(timeout=DEADLINE) == '{"type":"AGENT_EVENT_TEXT_CHUNK","text":'
         assert client.receive() == end(1, id="a")
 
@@ -181,7 +173,7 @@ def test_bad_field_is_a_chunk_of_the_request_whose_text_is_a_number(fields: dict
     wire: Any = "native" if fields else "single"
     with embedded_agent(faults.bad_field, wire=wire) as agent, connect(agent.url) as client:
         client.prompt("?", **fields)
-        assert client.receive() == chunk("partial", **fields)
+        assert client.receive() == text_chunk("partial", **fields)
         assert client.receive() == {"type": "AGENT_EVENT_TEXT_CHUNK", "text": 5, **fields}
         assert client.receive() == end(1, **fields)
 
@@ -190,7 +182,7 @@ def test_bad_utf8_is_refused_by_a_client_as_such() -> None:
     with embedded_agent(faults.bad_utf8) as agent:
         with connect(agent.url) as client:
             client.prompt("?", id="a")
-            assert client.receive() == chunk("partial", id="a")
+            assert client.receive() == text_chunk("partial", id="a")
             closure = closure_of(client)
             assert closure.sent is not None
             assert closure.sent.code == 1007
@@ -210,11 +202,11 @@ def test_wrong_id_mixes_in_a_chunk_and_a_terminal_of_nobody() -> None:
     with embedded_agent(faults.wrong_id) as agent, connect(agent.url) as client:
         client.prompt("?", id="a")
         assert client.receive_answer() == [
-            chunk("partial", id="a"),
-            chunk("astray", id="nobody"),
+            text_chunk("partial", id="a"),
+            text_chunk("astray", id="nobody"),
             end(1, id="nobody"),
         ]
-        assert client.receive_answer() == [chunk("whole", id="a"), end(2, id="a")]
+        assert client.receive_answer() == [text_chunk("whole", id="a"), end(2, id="a")]
 
 
 def test_a_stalled_connection_is_not_read_while_others_are() -> None:
@@ -249,7 +241,7 @@ def test_graceful_disconnect_announces_itself_completes_the_answer_and_closes() 
     with embedded_agent(faults.graceful_disconnect) as agent:
         with connect(agent.url) as client:
             client.prompt("?", id="a")
-            assert client.receive() == chunk("partial", id="a")
+            assert client.receive() == text_chunk("partial", id="a")
             assert client.receive() == {
                 "type": "GRACEFUL_DISCONNECT",
                 "reason": "maintenance",

@@ -355,4 +355,4 @@ async def test_teardown_with_heartbeat_and_thousand_requests_leaves_no_task() ->
     for response in responses:
         with pytest.raises(Disconnected):
             await anext(response)
-    assert agent.stats.requests == agent.stats.failed == 1_000
+    assert agent.stats.requests == agent.stats.cancelled == 1_000

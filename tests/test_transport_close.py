@@ -46,15 +46,6 @@ SHORT = Timeouts(close=0.3)
 NOTICE = text(b'{"type":"STATUS","state":"busy"}')
 
 
-def causes(exc: BaseException) -> list[type[BaseException]]:
-    found = []
-    cause = exc.__cause__
-    while cause is not None:
-        found.append(type(cause))
-        cause = cause.__cause__
-    return found
-
-
 async def wait(event: threading.Event) -> None:
     assert await anyio.to_thread.run_sync(event.wait, DEADLINE)
 
@@ -291,7 +282,7 @@ async def test_a_connection_that_ends_without_a_close_frame_is_1006_after_what_h
             with pytest.raises(Disconnected) as caught:
                 await anext(response)
             assert (caught.value.code, caught.value.phase) == (1006, phase)
-            assert (ConnectionResetError in causes(caught.value)) == (then in (reset, reset_in_a_frame))
+            assert (caught.value.__cause__ is not None) == (then in (reset, reset_in_a_frame))
 
 
 async def ask_until_it_fails(agent: Agent) -> None:
@@ -422,7 +413,8 @@ async def test_leaving_while_a_message_is_half_written_takes_no_longer_than_the_
 # Cancelled by asyncio itself, and the end of an event loop
 
 
-async def test_a_task_that_is_cancelled_natively_closes_politely(anyio_backend_name: str) -> None:
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "uvloop"], indirect=True)
+async def test_a_task_that_is_cancelled_natively_closes_politely() -> None:
     def script(peer: Peer) -> None:
         peer.open()
         peer.receive_prompt()
@@ -435,17 +427,11 @@ async def test_a_task_that_is_cancelled_natively_closes_politely(anyio_backend_n
 
     in_flight = threading.Event()
     async with serve(script) as server:
-        if anyio_backend_name == "trio":
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(hold)
-                await wait(in_flight)
-                nursery.cancel_scope.cancel()
-        else:
-            task = asyncio.ensure_future(hold())
-            await wait(in_flight)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        task = asyncio.ensure_future(hold())
+        await wait(in_flight)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def open_and_keep(url: str, opened: asyncio.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -17,7 +18,21 @@ import pytest
 
 from anyagent import ConnectError, Timeouts, open_agent
 
-from .wire_server import CLOSE, DEADLINE, PING, PONG, STATUS, Frame, Peer, close_frame, frame, serve, text
+from .wire_server import (
+    CLOSE,
+    DEADLINE,
+    PING,
+    PONG,
+    STATUS,
+    Frame,
+    Peer,
+    chunk,
+    close_frame,
+    end,
+    frame,
+    serve,
+    text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,6 +106,22 @@ async def test_a_host_name_is_resolved_and_stands_in_the_host_header() -> None:
         peer.finish()
 
     async with serve(script) as server, open_agent(f"ws://localhost:{server.port}"):
+        pass
+
+
+async def test_a_host_name_of_the_greatest_length_is_asked_for_at_any_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = 63 * "a"
+
+    def script(peer: Peer) -> None:
+        peer.open()
+        assert peer.header("host") == [f"{host}:{server.port}"]
+        peer.finish()
+
+    connect_tcp = anyio.connect_tcp
+    monkeypatch.setattr(anyio, "connect_tcp", lambda host, port: connect_tcp("127.0.0.1", port))
+    async with serve(script) as server, open_agent(f"ws://{host}:{server.port}/"):
         pass
 
 
@@ -530,6 +561,20 @@ async def test_no_exception_and_no_log_record_shows_a_secret(
     assert [line for line in shown if SECRET in line or basic in line] == []
 
 
+async def test_no_log_record_shows_what_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def script(peer: Peer) -> None:
+        peer.open()
+        request_id = peer.receive_prompt()
+        peer.send(frame(PING, b"p") + text(chunk(request_id, SECRET)) + text(end(request_id)))
+        assert peer.receive() == Frame(PONG, b"p")
+        peer.finish()
+
+    caplog.set_level(logging.DEBUG)
+    async with serve(script) as server, open_agent(server.url) as agent:
+        assert (await agent.ask(SECRET)).text == SECRET
+    assert SECRET not in caplog.text
+
+
 # Nothing is left behind
 
 
@@ -600,7 +645,10 @@ def waiting_for_the_status(peer: Peer) -> None:
     assert peer.receive() == Frame(PONG, b"")
 
 
-@pytest.mark.parametrize("until", [accepted, Peer.read_request, half_answered, waiting_for_the_status])
+STAGES = [accepted, Peer.read_request, half_answered, waiting_for_the_status]
+
+
+@pytest.mark.parametrize("until", STAGES)
 async def test_cancelling_the_opening_leaves_nothing_behind(until: Callable[[Peer], object]) -> None:
     stage = Stage()
 
@@ -618,6 +666,27 @@ async def test_cancelling_the_opening_leaves_nothing_behind(until: Callable[[Pee
             await stage.wait()
             tasks.cancel_scope.cancel()
         assert server.connections == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "uvloop"], indirect=True)
+@pytest.mark.parametrize("until", STAGES)
+async def test_cancelling_the_opening_natively_leaves_nothing_behind(until: Callable[[Peer], object]) -> None:
+    stage = Stage()
+
+    def script(peer: Peer) -> None:
+        until(peer)
+        stage.reach(peer)
+
+    async def connect() -> None:
+        async with open_agent(server.url):
+            raise AssertionError("this agent cannot be opened")
+
+    async with serve(script) as server:
+        task = asyncio.ensure_future(connect())
+        await stage.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_cancelling_the_tcp_connect_leaves_nothing_behind() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -24,7 +24,7 @@ class ThreeLanes(Dialect):
     """Messages name one of the lanes "A", "B" and "C" in the field ``lane``, and have no ``id``."""
 
     name = "three lanes"
-    lanes = ("A", "B", "C")
+    lanes: ClassVar[tuple[str, ...]] = ("A", "B", "C")
 
     def encode(self, message: ClientMessage) -> bytes:
         fields = msgspec.json.decode(IM.encode(message))

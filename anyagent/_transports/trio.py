@@ -53,12 +53,11 @@ _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")  # as h11 sees it
 class _Feed(trio.abc.Stream):
     """What trio-websocket takes for its socket.
 
-    It is given bytes by `put`, once it is `hungry`; what it writes is kept in `output`. `on_pause` is called
-    whenever it has digested everything and asks for more.
+    What it writes is kept in `output`. `on_pause` is called whenever it has digested everything and asks for
+    more; then it is given more by `put`.
     """
 
     def __init__(self) -> None:
-        self.hungry = False
         self.answered_close = False
         self.output = bytearray()
         self.on_pause: Callable[[], None] = lambda: None
@@ -70,7 +69,6 @@ class _Feed(trio.abc.Stream):
     def put(self, data: bytes) -> None:
         """Give it `data`; empty: there will be no more."""
         self._data = data
-        self.hungry = False
         self._wake_up.set()
 
     def write(self, frame: bytes | bytearray | memoryview) -> None:
@@ -82,7 +80,6 @@ class _Feed(trio.abc.Stream):
             self.on_output()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        self.hungry = True
         self.on_pause()
         await self._wake_up.wait()
         self._wake_up = trio.Event()
@@ -98,6 +95,15 @@ class _Feed(trio.abc.Stream):
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
+
+
+class _Authority(str):
+    """The value of the ``Host`` header. wsproto takes it for a host name, which a port can make too long."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "ascii", errors: str = "strict") -> bytes:
+        return super().encode("ascii", errors)
 
 
 async def open_transport(
@@ -144,7 +150,7 @@ class TrioTransport(Transport):
                     self._connection = await wrap_client_stream(
                         reader,
                         cast("trio.SocketStream", self._feed),  # documented to take any trio.abc.Stream
-                        target.authority,
+                        _Authority(target.authority),
                         target.resource,
                         extra_headers=[(name.encode(), value.encode()) for name, value in target.headers],
                         message_queue_size=0,

@@ -48,9 +48,8 @@ def decode(data: bytes) -> str:
     """Text out of standard input; raises `UsageError` if it is not UTF-8."""
     try:
         return data.decode()
-    except UnicodeDecodeError:
-        pass  # it holds the text, and so must not become a __context__
-    raise UsageError("the prompt is not valid UTF-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError("the prompt is not valid UTF-8") from exc
 
 
 def _read_prompt(text: str) -> str:

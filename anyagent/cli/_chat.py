@@ -43,7 +43,7 @@ def chat(connection: Connection, history: Path | None, display: Display, signals
         opening = portal.wrap_async_context_manager(served.open())
         with signals.raised():
             agent = opening.__enter__()  # if interrupted, it is cancelled with the portal
-        stack.callback(opening.__exit__, None, None, None)  # it must not raise what a signal raised there
+        stack.callback(opening.__exit__, None, None, None)  # what a signal raises would end the event loop
         answer = partial(send_answer, agent, conversation=uuid.uuid4().hex)
         if editor:
             display.hint("connected. Ctrl-C stops an answer, Ctrl-D leaves")
@@ -55,6 +55,7 @@ def chat(connection: Connection, history: Path | None, display: Display, signals
             except KeyboardInterrupt:
                 signals.forget_interrupt()
                 display.interrupted()
+                display.end_line()
                 display.note("stopped")
             except AgentError as exc:
                 display.note(describe(exc))

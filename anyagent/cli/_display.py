@@ -50,7 +50,7 @@ class Display:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def event(self, event: om.AgentEvent) -> None:
-        """Show an event of an answer, or its terminal. The exception of an `om.Error` is for `note`.
+        """Show an event of an answer, or its terminal. What an `om.Error` says is for `note` to show.
 
         Raises `OutputClosed` or `OutputFailed`.
         """
@@ -66,6 +66,8 @@ class Display:
                 self._aside(text)
             case om.EventToolCall():
                 self._tool_call(event)
+            case om.Error():
+                self.end_line()
             case om.EventEnd():
                 self.end_line()
                 if event.status != "completed":
@@ -73,9 +75,9 @@ class Display:
                 self._aside(f"[{event.tokens_used} token{'s' if event.tokens_used != 1 else ''}]\n")
 
     def note(self, text: str) -> None:
-        """Say something in a line of its own on standard error; an answer's line is ended first."""
+        """Say something in a line of its own on standard error; a terminal's line is ended for it."""
         with contextlib.suppress(OutputClosed, OutputFailed):
-            self.end_line()
+            self.end_line(only_terminals=True)
         if self._err.terminal:
             text = text.translate(_PICTURES)  # one line, whatever the agent would make of it
         self._complain(f"anyagent: {text}\n")
@@ -94,7 +96,7 @@ class Display:
             self.note(text)
 
     def end_line(self, *, only_terminals: bool = False) -> None:
-        """Begin a new line wherever the last one was left open."""
+        """Begin a new line wherever the last one was left open. Raises `OutputClosed` or `OutputFailed`."""
         if self._out.mid_line and (self._out.terminal or not only_terminals):
             self._out.write("\n")
             if self._out.terminal:
@@ -113,9 +115,8 @@ class Display:
         self._err.discard_unwritten()
 
     def _json(self, event: om.AgentEvent) -> None:
-        line = msgspec.json.format(
-            om.encode(cast("om.ServerMessage", event)), indent=-1
-        ).decode()  # an Unknown's may be of many lines
+        data = om.encode(cast("om.ServerMessage", event))
+        line = msgspec.json.format(data, indent=-1).decode()  # an Unknown's may be of many lines
         if self._out.terminal:
             line = _CONTROL_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
         self._out.write(line + "\n")

@@ -74,6 +74,8 @@ def run(command: Callable[[Display, Signals], None], *, as_json: bool = False) -
         with Signals() as signals:
             command(display, signals)
     except tuple(_FAILURES) as exc:
+        with contextlib.suppress(OutputClosed, OutputFailed):
+            display.end_line()
         display.note(describe(exc))
         code = _FAILURES[type(exc)][0]
     except OutputClosed:

@@ -69,6 +69,9 @@ WIRES: Final = {
     "three lanes": Wire((), "lane", ThreeLanes.lanes, ThreeLanes()),
 }
 
+FAREWELL: Final = 500
+"""Seconds that an agent still takes after its farewell."""
+
 STRAY: Final = "nobody"
 """A lane that no request ever has."""
 
@@ -130,7 +133,7 @@ class Message:
             case "graceful":
                 return {"type": "GRACEFUL_DISCONNECT", "reason": self.payload}
             case "graceful with deadline":
-                return {"type": "GRACEFUL_DISCONNECT", "deadline": 1_000}
+                return {"type": "GRACEFUL_DISCONNECT", "deadline": FAREWELL}
             case _:
                 assert self.kind == "wrong field"
                 return {"type": "AGENT_EVENT_TEXT_CHUNK", "text": 5}

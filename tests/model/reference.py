@@ -171,15 +171,15 @@ class Model:
         self._settle()
 
     def advance(self) -> None:
-        """Let all timeouts pass: of draining, of the agent's farewell, of closing."""
+        """Let all timeouts pass: of the agent's farewell, which is the shortest, of draining, of closing."""
+        if self._deadline:
+            self._fail(_Failure(1001, graceful=True))
         for request in [request for request in self.live.values() if request.draining]:
             if self._wire.names is None:
                 self._left_early.add(request.lane)
                 self._remove(request)
             else:
                 self._fail(_Failure(1000))
-        if self._deadline:
-            self._fail(_Failure(1001, graceful=True))
         self._settle()
         if self.failure is not None:
             self.closed = True
