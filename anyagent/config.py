@@ -26,8 +26,8 @@ class Limits:
       allows fewer, its own limit holds. Further requests wait their turn, first come, first served.
     * `message_size` (bytes, default 16 MiB): the largest message that is accepted. A larger one fails the
       connection with close code 1009 (RFC 6455, section 7.4.1).
-    * `response_events` (events, default 4,096): how many events of one response may wait to be read.
-      Adjacent text chunks are joined before this limit counts; no text is lost by that.
+    * `response_events` (events, default 4,096): how many events of one response may wait to be read, behind
+      the batch that is being read. Adjacent text chunks are joined before this limit counts; no text is lost.
     * `response_bytes` (bytes of JSON, default 16 MiB): the same, in bytes as received.
 
     A response that reaches one of the last two fails with `SlowConsumerError`; no other is affected.

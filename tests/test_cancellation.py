@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from typing import TYPE_CHECKING
 
 import anyio
@@ -11,6 +13,7 @@ import anyio.lowlevel
 import pytest
 
 from anyagent import IM, OM, Agent, ProtocolError, Response
+from anyagent.dialects.native import NativeDialect
 from anyagent.testing import MemoryPeer, memory_agent
 
 if TYPE_CHECKING:
@@ -385,3 +388,40 @@ async def test_only_so_many_cancelled_ids_are_remembered() -> None:
             peer.send(OM.EventTextChunk("late", id=str(number)))
         await anyio.wait_all_tasks_blocked()
         assert (agent.stats.late_events, agent.stats.unroutable_events) == (4_096, 904)
+
+
+async def test_requests_that_are_withdrawn_before_their_write_leave_nothing_in_the_queue() -> None:
+    async with memory_agent() as (agent, peer):
+        peer.writable = anyio.Event()
+        blocker = await agent.send_message("blocks the writer")
+        await anyio.wait_all_tasks_blocked()
+        withdrawn = []
+        for _ in range(100):
+            response = await agent.send_message("a prompt that only the queue still holds")
+            request = weakref.ref(response._request)
+            await response.aclose()
+            withdrawn.append(request)
+            del response
+        gc.collect()
+        assert [request() for request in withdrawn] == [None] * 100
+        peer.writable.set()
+        await blocker.aclose()
+
+
+class OneNamedLane(NativeDialect):
+    lanes = ("A",)
+
+
+async def test_a_lane_that_is_used_again_drains_even_where_the_wire_can_cancel() -> None:
+    status = OM.Status("ready", ("ids", "cancel"))
+    async with memory_agent(status=status, dialect=OneNamedLane()) as (agent, peer):
+        first = await agent.send_message("first")
+        await peer.receive()
+        await first.aclose()
+        assert await peer.receive() == IM.Cancel("A")
+        assert agent.in_flight == 1
+        peer.send(OM.EventTextChunk("late", id="A"), OM.EventEnd(1, status="cancelled", id="A"))
+        second = await agent.send_message("second")
+        await peer.receive()
+        peer.send(OM.EventTextChunk("mine", id="A"), OM.EventEnd(1, id="A"))
+        assert (await second.collect()).text == "mine"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import anyio
 import pytest
 
@@ -370,3 +372,64 @@ async def test_a_tool_result_that_waits_for_the_writer_when_the_connection_is_lo
             peer.close(1011)
         await response.aclose()
         await blocker.aclose()
+
+
+async def test_a_deadline_that_lies_in_the_past_is_over() -> None:
+    async with memory_agent() as (agent, peer):
+        response = await agent.send_message("hello")
+        await peer.receive()
+        peer.send(OM.GracefulDisconnect("now", deadline=-1.5))
+        with pytest.raises(Disconnected) as caught:
+            await response.collect()
+        assert caught.value.graceful
+
+
+async def test_an_error_from_before_an_answer_that_was_completed_is_not_the_cause() -> None:
+    async with memory_agent() as (agent, peer):
+        peer.send(OM.Error("old", "hours ago"))
+        first = await agent.send_message("first")
+        peer.send(OM.EventEnd(1, id=(await peer.receive()).id))
+        await first.collect()
+        second = await agent.send_message("second")
+        await peer.receive()
+        peer.close(1011)
+        with pytest.raises(Disconnected) as caught:
+            await second.collect()
+        assert caught.value.__cause__ is None
+
+
+async def test_a_tool_result_that_waits_for_the_writer_when_its_request_ends_raises() -> None:
+    async def send_result() -> None:
+        with pytest.raises(AgentError):
+            await response.send_tool_result("call", "output")
+
+    async with memory_agent(timeouts=Timeouts(close=1)) as (agent, peer):
+        response = await agent.send_message("hello")
+        await peer.receive()
+        peer.writable = anyio.Event()
+        blocker = await agent.send_message("blocks the writer")
+        await anyio.wait_all_tasks_blocked()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send_result)
+            await anyio.wait_all_tasks_blocked()
+            peer.send(OM.Error("failed", "no", id=response.id))
+        await response.aclose()
+        peer.writable.set()
+        assert (await peer.receive()).id == blocker.id
+        await blocker.aclose()
+        assert await peer.receive() == IM.Cancel(blocker.id)
+
+
+@pytest.mark.parametrize("wire", ["native", "single"])
+async def test_an_end_that_arrives_when_the_drain_timeout_fires_is_harmless(wire: str) -> None:
+    status = OM.Status("ready", ("ids",) if wire == "native" else ())
+    for seconds in (8.0, 9.0, 10.0):
+        async with memory_agent(status=status, timeouts=Timeouts(drain=9)) as (agent, peer):
+            response = await agent.send_message("left early")
+            request_id = (await peer.receive()).id
+            await response.aclose()
+            await anyio.sleep(seconds)
+            with contextlib.suppress(anyio.BrokenResourceError):  # closed, on the wire with one lane
+                peer.send(OM.EventTextChunk("late", id=request_id), OM.EventEnd(1, id=request_id))
+            await anyio.wait_all_tasks_blocked()
+            assert agent.in_flight == 0

@@ -356,3 +356,33 @@ async def test_teardown_with_heartbeat_and_thousand_requests_leaves_no_task() ->
         with pytest.raises(Disconnected):
             await anext(response)
     assert agent.stats.requests == agent.stats.cancelled == 1_000
+
+
+@pytest.mark.parametrize("ticks", range(24))
+async def test_entering_can_be_cancelled_at_every_tick(ticks: int) -> None:
+    async def use() -> None:
+        with scope:
+            async with memory_agent():
+                await anyio.sleep_forever()
+
+    scope = anyio.CancelScope()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(use)
+        for _ in range(ticks):
+            await anyio.lowlevel.checkpoint()
+        scope.cancel()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("ticks", range(24))
+async def test_entering_can_be_cancelled_natively_at_every_tick(ticks: int) -> None:
+    async def use() -> None:
+        async with memory_agent():
+            await anyio.sleep_forever()
+
+    task = asyncio.create_task(use())
+    for _ in range(ticks):
+        await anyio.lowlevel.checkpoint()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -306,3 +306,45 @@ async def test_responses_that_were_read_to_the_end_or_left_do_not_warn() -> None
             del read, failed, left
             gc.collect()
         assert [warning for warning in caught if "Response" in str(warning.message)] == []
+
+
+async def test_collecting_where_somebody_else_iterates_leaves_their_request_alone() -> None:
+    async def iterate() -> None:
+        assert [event async for event in response] == [OM.EventTextChunk("theirs", id=response.id)]
+
+    async with memory_agent() as (agent, peer):
+        response = await agent.send_message("hello")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(iterate)
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(anyio.BusyResourceError):
+                await response.collect()
+            await peer.receive()
+            peer.send(OM.EventTextChunk("theirs", id=response.id), OM.EventEnd(1, id=response.id))
+
+
+async def test_a_response_that_was_closed_after_its_end_arrived_is_not_mistaken_for_an_empty_one() -> None:
+    async with memory_agent() as (agent, peer):
+        response = await agent.send_message("hello")
+        await peer.receive()
+        peer.send(OM.EventTextChunk("unread", id=response.id), OM.EventEnd(3, id=response.id))
+        await anyio.wait_all_tasks_blocked()
+        await response.aclose()
+        with pytest.raises(anyio.ClosedResourceError):
+            await response.collect()
+        assert response.tokens_used == 3
+
+
+async def test_a_very_long_answer_that_nobody_reads_is_joined_piece_by_piece() -> None:
+    async with memory_agent(limits=Limits(response_events=8)) as (agent, peer):
+        response = await agent.send_message("hello")
+        await peer.receive()
+        calls = [OM.EventToolCall(str(number), "add", "[]", id=response.id) for number in range(7)]
+        chunks = [OM.EventTextChunk(f"{number} ", id=response.id, seq=number) for number in range(100)]
+        peer.send(*calls, *chunks, OM.EventEnd(1, id=response.id))
+        await anyio.wait_all_tasks_blocked()
+        whole = "".join(chunk.text for chunk in chunks)
+        assert [event async for event in response] == [
+            *calls,
+            OM.EventTextChunk(whole, id=response.id, seq=99),
+        ]

@@ -2,7 +2,7 @@
 
 A lane is what a wire lets a request be told apart by. It is the one idea in which dialects differ: a
 request holds a lane from before its message is written until its terminal has arrived or, where the
-wire can cancel, until the cancel is queued.
+wire can cancel and no lane is used twice, until the cancel is queued.
 
 `for_agent` chooses between `NATIVE` and `SINGLE` by the agent's first ``OM.Status``. Another wire is one
 more file with a subclass of `Dialect`, whose instance is given to `open_agent` as ``dialect=``.
