@@ -13,7 +13,7 @@ import anyio.lowlevel
 import pytest
 
 from anyagent import IM, OM, Agent, ProtocolError, Response
-from anyagent.dialects.native import NativeDialect
+from anyagent.dialects import Dialect
 from anyagent.testing import MemoryPeer, memory_agent
 
 if TYPE_CHECKING:
@@ -408,8 +408,15 @@ async def test_requests_that_are_withdrawn_before_their_write_leave_nothing_in_t
         await blocker.aclose()
 
 
-class OneNamedLane(NativeDialect):
+class OneNamedLane(Dialect):
+    name = "one named lane"
     lanes = ("A",)
+
+    def can_cancel(self, status: OM.Status) -> bool:
+        return True
+
+    def lane_of(self, event: OM.AgentEvent) -> str | None:
+        return event.id
 
 
 async def test_a_lane_that_is_used_again_drains_even_where_the_wire_can_cancel() -> None:

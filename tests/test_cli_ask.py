@@ -167,8 +167,8 @@ def test_an_answer_that_the_agent_did_not_complete_is_noted() -> None:
 
 # Control characters.
 
-EVIL = "a\x1b]0;title\x07b\r\x00\x7f\x9b31m\tc\nd"
-HARMLESS = "a␛]0;title␇b␍␀␡\ufffd31m\tc\r\nd"  # the terminal itself turns \n into \r\n
+EVIL = "a\x1b]0;title\x07b\r\x00\x7f\x9b31m\u202ed\u2066\tc\nd"
+HARMLESS = "a␛]0;title␇b␍␀␡\ufffd31m\ufffdd\ufffd\tc\r\nd"  # the terminal itself turns \n into \r\n
 
 
 def test_control_characters_reach_a_pipe_unchanged() -> None:
@@ -395,8 +395,7 @@ def test_a_refused_connection_is_exit_code_3(backend: str) -> None:
         port = listener.getsockname()[1]
     outcome = run("ask", "--url", f"ws://127.0.0.1:{port}", "--backend", backend, "Hello!")
     assert (outcome.code, outcome.out) == (3, "")
-    assert outcome.err.startswith(f"anyagent: could not connect to 127.0.0.1:{port}: ")
-    assert outcome.err.count("\n") == 1
+    assert outcome.err == f"anyagent: could not connect to 127.0.0.1:{port}: connection refused\n"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -177,4 +177,6 @@ async def _connect_tcp(target: Target) -> ByteStream:
 def _root_cause(exc: BaseException) -> str:
     while exc.__cause__ is not None and not isinstance(exc.__cause__, BaseExceptionGroup):
         exc = exc.__cause__
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"  # the backends' texts differ, and quote the address once more
     return str(exc) or LOST

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Display", "OutputClosed", "OutputFailed"]
 
+_REORDERING: Final = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # makes text read as what it is not
 _PICTURES: Final = (
-    {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+    {code: 0x2400 + code for code in range(0x20)}
+    | {0x7F: 0x2421}
+    | dict.fromkeys((*range(0x80, 0xA0), *_REORDERING), 0xFFFD)
 )
 _PICTURES_IN_TEXT: Final = {code: _PICTURES[code] for code in _PICTURES if chr(code) not in "\n\t"}
-_CONTROL_IN_JSON: Final = re.compile(r"[\x7f-\x9f]")  # JSON escapes the others anyway
+_CONTROL_IN_JSON: Final = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # JSON escapes the others anyway
 
 
 class OutputClosed(Exception):
