@@ -297,7 +297,7 @@ class Session:
     async def _close_transport(self, code: int) -> None:
         with anyio.move_on_after(self._timeouts.close):
             await self._writer.flushed()
-            await self._transport.close(code)
+            self._transport.close(code)
             await self._receiver_done.wait()
             await self._writer.flushed()
         self._fail(_Failure(1006, "the connection could not be written to"))

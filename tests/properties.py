@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.lowlevel
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from anyagent import IM, OM
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CLIENT_MESSAGES", "REPEATABLE", "SERVER_MESSAGES", "TEXTS", "chain", "run", "settle"]
 
-REPEATABLE: Final = settings(derandomize=True, database=None, deadline=None, print_blob=True)
+REPEATABLE: Final = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
 """The same examples in every run; a failure prints how to reproduce it."""
 
 TEXTS: Final = st.text(max_size=20)

@@ -277,8 +277,8 @@ def test_what_a_signal_raises_does_not_get_into_the_event_loop(
     original = Connection.open
 
     class Spy(contextlib.AbstractAsyncContextManager[Agent]):
-        def __init__(self, connection: Connection) -> None:
-            self._opening = original(connection)
+        def __init__(self, opening: contextlib.AbstractAsyncContextManager[Agent]) -> None:
+            self._opening = opening
 
         async def __aenter__(self) -> Agent:
             return await self._opening.__aenter__()
@@ -291,7 +291,7 @@ def test_what_a_signal_raises_does_not_get_into_the_event_loop(
         send_signal(signal.SIGTERM)
         await reply.hang()
 
-    monkeypatch.setattr(Connection, "open", Spy)
+    monkeypatch.setattr(Connection, "open", lambda connection: Spy(original(connection)))
     with embedded_agent(handler) as agent:
         assert run("chat", "--url", agent.url, "--backend", backend, stdin=b"Hello!\n").code == 143
     assert passed == [None, None, None]

@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import trustme

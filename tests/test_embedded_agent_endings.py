@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 import pytest
 from websockets.exceptions import ConnectionClosed
 

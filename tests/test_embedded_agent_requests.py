@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.lowlevel
-import anyio.to_thread
 import pytest
 from websockets.exceptions import ConnectionClosed
 

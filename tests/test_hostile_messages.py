@@ -287,7 +287,7 @@ def check_native(data: bytes, scene: Scene) -> None:
         assert scene.cancels == ["2"]
         assert scene.peer.close_code is None
     elif isinstance(result, ProtocolError) or (nobodys and not isinstance(result, OM.Error | OM.Unknown)):
-        assert scene.peer.close_code == (1002 if is_utf8(data) else 1007)
+        assert scene.peer.close_code == (1002 if nobodys or is_utf8(data) else 1007)
         assert scene.cancels == []
         for error, partial in ((target, "before"), (neighbour, "")):
             assert isinstance(error, ProtocolError)

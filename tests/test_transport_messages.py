@@ -202,11 +202,11 @@ async def test_nothing_follows_a_close_frame() -> None:
         assert peer.sock.recv(1) == b""
 
     async with serve(script) as server, transport_to(server.url) as transport:
-        await transport.close(1006)  # no code that can be sent
+        transport.close(1006)  # no code that can be sent
         await transport.send([b"before"])
-        await transport.close(1000)
+        transport.close(1000)
         await transport.send([b"after"])
-        await transport.close(1001)
+        transport.close(1001)
         transport.ping()
         await transport.send([])
 
@@ -310,7 +310,7 @@ async def test_a_violation_is_noticed_however_the_segments_fall(size: int) -> No
         with pytest.raises(TransportClosed) as caught:
             await receive_messages(transport, 1)
         assert (caught.value.code, caught.value.violation) == (1009, True)
-        await transport.close(1009)
+        transport.close(1009)
         await transport.send([])
 
 
@@ -326,7 +326,6 @@ async def test_a_peer_that_floods_and_does_not_read_is_read_on_and_not_all_answe
 
     def script(peer: Peer) -> None:
         peer.open()
-        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         with peer.client_socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         request_id = peer.receive_prompt()

@@ -78,7 +78,7 @@ class TransportClosed(Exception):
 
 
 class Transport(abc.ABC):
-    """One open WebSocket connection. One task calls `receive`, one calls `send`; the rest is synchronous."""
+    """One open WebSocket connection. One task calls `receive` and one calls `send`, at most one each."""
 
     output_ready: Callable[[], None]
     """Called, from any of the other methods, when there is something to write that `send` was not given."""
@@ -103,7 +103,7 @@ class Transport(abc.ABC):
         """Queue a ping."""
 
     @abc.abstractmethod
-    async def close(self, code: int) -> None:
+    def close(self, code: int) -> None:
         """Queue a close frame, unless there was one; does not wait for it to be written, nor for the peer.
 
         From then on `receive` is called for its end alone.

@@ -153,7 +153,7 @@ class AsyncioTransport(Transport):
         elif failure is not None:
             self._end = TransportClosed(1002, f"{VIOLATION}: {failure}", violation=True)
         elif close is not None:
-            self._end = TransportClosed(close.code, close.reason)
+            self._end = TransportClosed(int(close.code), close.reason)
         return messages
 
     def _take_output(self) -> bool:
@@ -178,7 +178,7 @@ class AsyncioTransport(Transport):
             self._protocol.send_ping(b"")
             self.output_ready()
 
-    async def close(self, code: int) -> None:
+    def close(self, code: int) -> None:
         if self._protocol.state is OPEN and code != 1006:  # which is no code that can be sent
             self._protocol.send_close(code)
             self.output_ready()

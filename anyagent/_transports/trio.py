@@ -232,7 +232,7 @@ class TrioTransport(Transport):
         if at_eof:
             return TransportClosed(1006, CUT_OFF)
         if closed is not None and self._feed.answered_close:
-            return TransportClosed(closed.code, closed.reason or "")
+            return TransportClosed(int(closed.code), closed.reason or "")
         if closed is not None and closed.code == 1007:
             return TransportClosed(1007, BAD_UTF8, violation=True)
         if closed is not None or self._finished:
@@ -259,7 +259,7 @@ class TrioTransport(Transport):
     def ping(self) -> None:
         self._feed.write(self._frames.ping())
 
-    async def close(self, code: int) -> None:
+    def close(self, code: int) -> None:
         if code != 1006:  # which is no code that can be sent: nothing can be
             self._feed.write(self._frames.close(code))
 

@@ -26,7 +26,7 @@ _PICTURES: Final = (
     | dict.fromkeys((*range(0x80, 0xA0), *_REORDERING), 0xFFFD)
 )
 _PICTURES_IN_TEXT: Final = {code: _PICTURES[code] for code in _PICTURES if chr(code) not in "\n\t"}
-_CONTROL_IN_JSON: Final = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # JSON escapes the others anyway
+_CONTROL_IN_JSON: Final = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # JSON escapes the rest
 
 
 class OutputClosed(Exception):

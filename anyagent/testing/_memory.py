@@ -97,7 +97,7 @@ class _MemoryTransport(Transport):
     def ping(self) -> None:
         self._peer.pings += 1
 
-    async def close(self, code: int) -> None:
+    def close(self, code: int) -> None:
         self._peer.close_code = code
         if self._peer.answers_close:
             self._peer.close(code)

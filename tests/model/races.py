@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from itertools import chain, repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.lowlevel
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .plans import Plan, Step, Wire
 
 __all__ = ["race"]
+
+_EVENTS: Final = ("text", "reasoning", "tool", "end", "error")
 
 
 @dataclasses.dataclass
@@ -190,9 +192,9 @@ class _Racer:
         payload = f"<{self._payloads}>"
         lane = None
         if say.back is None or say.back < 0:
-            self.may_fail = self.may_fail or say.kind not in ("status", "resize", "error", "unknown")
-            if self._wire.lane_field is None and say.kind in ("text", "end", "error"):
+            if self._wire.lane_field is None and say.kind in _EVENTS:
                 return []  # it would be about whatever request is in flight
+            self.may_fail = self.may_fail or say.kind not in ("status", "resize", "error", "unknown")
             lane = None if say.back is None else plans.STRAY
         else:
             known = [answer for answer in self.answers.values() if say.late or not answer.over]
