@@ -78,7 +78,7 @@ def decode(data: str | bytes | memoryview) -> ClientMessage:
     """Decode one message into the agent from its JSON text; raises `ProtocolError` for anything else."""
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as exc:
         problem = type(exc).__name__
     # Raised out here: the original may hold the whole message, and would become the __context__.
     raise ProtocolError(f"not a message of a client ({problem})")

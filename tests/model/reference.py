@@ -60,6 +60,10 @@ class ModelRequest:
     def push(self, event: Event) -> bool:
         """Buffer `event`; false at the limit, to which adjacent chunks of one kind count as one."""
         if len(self.buffer) >= RESPONSE_EVENTS:
+            last_kind, last_text = self.buffer[-1]
+            if event[0] == last_kind and last_kind in ("text", "reasoning"):
+                self.buffer[-1] = (last_kind, last_text + event[1])
+                return True
             merged: list[Event] = []
             for kind, events in groupby(self.buffer, lambda event: event[0]):
                 texts = [text for _, text in events]
@@ -81,7 +85,7 @@ class ModelRequest:
                 self.reads -= 1
                 self.yielded.append(self.batch.pop(0))
             elif self.settled is not None:
-                self.outcome = self.settled
+                self.outcome = LEFT if self.closed else self.settled
             else:
                 break
 
@@ -189,6 +193,8 @@ class Model:
         for request in self.live.values():
             if request.settled is None:
                 self._tell_to_stop(request)
+                self.stats["cancelled"] += 1
+                request.settled = _Failure(1000).of(request.phase)
         self._fail(_Failure(1000))
         self._settle()
         self.closed = True
