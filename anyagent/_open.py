@@ -94,6 +94,7 @@ async def run_agent(
         raise TypeError("on_notice must be a plain function: it is called on the receiver, not awaited")
     session: Session | None = None
     outcome: BaseException | None = None
+    crash: BaseException | None = None
     try:
         async with anyio.create_task_group() as task_group:
             # The block's exception must not pass through the task group, which would wrap it.
@@ -120,9 +121,9 @@ async def run_agent(
             if session is not None:
                 await session.aclose()
     except BaseException as exc:
-        if outcome is None or isinstance(outcome, anyio.get_cancelled_exc_class()):
-            outcome = _without_group(exc)
-    crash = None if session is None else session.crash
+        crash = _without_group(exc)
+    if session is not None and session.crash is not None:
+        crash = session.crash
     if crash is not None and _gives_way(outcome, crash):
         outcome = crash
     try:

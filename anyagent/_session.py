@@ -216,8 +216,6 @@ class Session:
                 await self._transport.aclose()
             self._closing = True  # reached without it where asyncio cancels all tasks at its end
             self._fail(_Failure(1006, "the event loop ended"))
-            while self._abandoned:
-                self._abandoned.popleft().discard()
             self._closed.set()
 
     def _start(self, function: Callable[..., Awaitable[None]], *args: object) -> None:

@@ -257,6 +257,25 @@ async def test_ctrl_c_in_a_task_of_the_transport_comes_out_as_itself() -> None:
         await use()
 
 
+@pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
+async def test_ctrl_c_in_a_task_of_the_transport_beats_a_defect_in_it() -> None:
+    async def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    async def connect(task_group: TaskGroup) -> Transport:
+        task_group.start_soon(interrupt)
+        raise ZeroDivisionError
+
+    async def use() -> None:
+        async with run_agent(
+            connect, dialect=None, limits=Limits(), timeouts=Timeouts(), heartbeat=None, on_notice=None
+        ):
+            pytest.fail("opened")
+
+    with pytest.raises(KeyboardInterrupt):
+        await use()
+
+
 async def test_a_defect_in_a_transport_comes_out_as_it_is() -> None:
     async def connect(task_group: TaskGroup) -> Transport:
         raise ZeroDivisionError

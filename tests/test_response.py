@@ -67,6 +67,8 @@ async def test_bad_arguments_are_refused_and_cost_no_lane() -> None:
         assert "secret" not in repr(caught.value)
         with pytest.raises(TypeError):
             await agent.send_message("hello", metadata={"what": object()})
+        with pytest.raises(TypeError, match="metadata must be a mapping, not list"):
+            await agent.send_message("hello", metadata=["a"])  # type: ignore[arg-type]  # the same
         with pytest.raises(TypeError, match="bytes"):
             await agent.send_message(b"hello")  # type: ignore[arg-type]  # what the test is about
         assert agent.in_flight == 0

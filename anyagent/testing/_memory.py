@@ -64,7 +64,7 @@ class MemoryPeer:
         self._to_client.send_nowait(TransportClosed(code, reason, violation=violation))
 
     def end(self) -> None:
-        """Close all streams, after the client's end."""
+        """Close all streams; only after the client has ended."""
         for stream in (self._to_client, self._client_receives, self._client_sends, self._from_client):
             stream.close()
 
@@ -79,10 +79,7 @@ class _MemoryTransport(Transport):
         self._peer = peer
 
     async def receive(self) -> list[bytes]:
-        try:
-            arrived = await self._peer._client_receives.receive()
-        except anyio.EndOfStream:
-            raise TransportClosed(1006, "the peer is gone") from None
+        arrived = await self._peer._client_receives.receive()
         if isinstance(arrived, TransportClosed):
             raise arrived
         return arrived
