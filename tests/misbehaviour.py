@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from .wire_server import PING, STATUS, Peer, frame, text
@@ -46,6 +47,13 @@ def endless_header(peer: Peer) -> None:
     peer.read_request()
     peer.send(b"HTTP/1.1 101 Switching Protocols\r\nX-Header: ")
     peer.send_until_gone(1_000 * b"x")
+
+
+def many_long_headers(peer: Peer) -> None:
+    peer.read_request()
+    with contextlib.suppress(ConnectionError):
+        peer.send(peer.switching(extra=100 * ("X-Header: " + 4_000 * "x" + "\r\n")) + text(STATUS))
+    peer.wait_gone()
 
 
 def endless_status_line(peer: Peer) -> None:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Transport", "TransportClosed", "connect", "thread_scheduler"]
 
-HANDSHAKE_SIZE = 64 * 1024
-"""How many bytes of an agent's answer to the handshake are read before it is given up."""
-
 OUTPUT_SIZE = 64 * 1024
 """How many bytes may wait to be written before pongs are left out (RFC 6455, section 5.5.3, allows that)."""
 

@@ -20,7 +20,6 @@ from . import (
     BINARY_MESSAGE,
     CUT_OFF,
     HANDSHAKE_CUT,
-    HANDSHAKE_SIZE,
     INVALID_HANDSHAKE,
     LOST,
     LOST_CONNECTION,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncioTransport", "open_transport", "thread_scheduler"]
 
 _READ_SIZE: Final = 64 * 1024
+_HANDSHAKE_SIZE: Final = 64 * 1024  # of the agent's answer; websockets itself would read a megabyte
 _DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
 
 # websockets logs headers and messages at DEBUG; this logger stands outside the hierarchy and is off.
@@ -89,7 +89,7 @@ class AsyncioTransport(Transport):
             await self._stream.send(b"".join(protocol.data_to_send()))
             while protocol.state is CONNECTING:
                 # Nothing of the library's own error: it may quote the request, if the peer has echoed it.
-                if protocol.handshake_exc is not None or len(head) > HANDSHAKE_SIZE:
+                if protocol.handshake_exc is not None or len(head) > _HANDSHAKE_SIZE:
                     raise ConnectError(INVALID_HANDSHAKE)
                 data = await self._stream.receive(_READ_SIZE)
                 head += data

@@ -23,7 +23,6 @@ from . import (
     CLOSE,
     CUT_OFF,
     HANDSHAKE_CUT,
-    HANDSHAKE_SIZE,
     INVALID_HANDSHAKE,
     LOST,
     LOST_CONNECTION,
@@ -172,7 +171,7 @@ class TrioTransport(Transport):
             await self._flush()
             while not self._opened:
                 # Nothing of the library's own error: it may quote the request, if the peer has echoed it.
-                if self._finished or len(head) > HANDSHAKE_SIZE:
+                if self._finished:  # after 16 KiB at the latest, h11's limit
                     raise ConnectError(INVALID_HANDSHAKE)
                 data = await self._stream.receive(_READ_SIZE)
                 head += data

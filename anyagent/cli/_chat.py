@@ -38,6 +38,8 @@ def chat(connection: Connection, history: Path | None, display: Display, signals
     editor = _is_terminal(sys.stdin) and (_is_terminal(sys.stdout) or _is_terminal(sys.stderr))
     read_line = _open_editor(history, display, signals) if editor else partial(_read_plain_line, signals)
     with contextlib.ExitStack() as stack:
+        if editor:
+            _restore_terminal(stack)
         served = stack.enter_context(connection.served(display))
         portal = stack.enter_context(start_blocking_portal(served.backend))
         opening = portal.wrap_async_context_manager(served.open())
@@ -63,6 +65,14 @@ def chat(connection: Connection, history: Path | None, display: Display, signals
 
 def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
+
+
+def _restore_terminal(stack: contextlib.ExitStack) -> None:
+    """See to it that the terminal is left as it is: a signal may hit the editor while it changes settings."""
+    with contextlib.suppress(ImportError):  # on Windows
+        import termios
+
+        stack.callback(termios.tcsetattr, sys.stdin, termios.TCSANOW, termios.tcgetattr(sys.stdin))
 
 
 def _read_plain_line(signals: Signals) -> str | None:
