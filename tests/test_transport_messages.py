@@ -13,7 +13,7 @@ import pytest
 from anyagent import OM, Disconnected, Limits, ProtocolError, Timeouts, open_agent
 from anyagent._target import Target
 from anyagent._transports import OUTPUT_SIZE, TransportClosed, connect
-from anyagent._transports.meter import FRAGMENTS
+from anyagent._transports.frames import FRAGMENTS
 
 from .wire_server import (
     BINARY,

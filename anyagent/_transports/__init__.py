@@ -54,7 +54,11 @@ With TLS, writing raises `anyio.EndOfStream`, too; and where the peer makes read
 writing read (a renegotiation), while the other direction is busy, `anyio.BusyResourceError`.
 """
 
+READ_SIZE: Final = 1024 * 1024
+"""How many bytes to read at once: the more, the fewer hand-overs when many requests are answered together."""
+
 _STATUS_LINE: Final = re.compile(rb"HTTP/\d\.\d (\d{3})[ \r\n]")
+_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 
 
 class TransportClosed(Exception):
@@ -140,14 +144,20 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
     return thread_scheduler()
 
 
-def check_status_line(head: bytes | bytearray) -> None:
-    """Raise `ConnectError` as soon as the agent's answer shows that it does not switch protocols.
+def split_answer(head: bytearray, data: bytes) -> tuple[bytes, bytes]:
+    """Add `data` to the `head` of the agent's answer; return what of it belongs there, and what comes behind.
 
-    So nothing of a rejection's body is read, however long it is, and no redirect is followed.
+    Raises `ConnectError` as soon as the answer shows that the agent does not switch protocols: so nothing of
+    a rejection's body is read, however long it is, and no redirect is followed.
     """
+    unsearched = len(head) - 2
+    head += data
     status = _STATUS_LINE.match(head)
     if status is not None and status[1] != b"101":
         raise ConnectError("the agent rejected the WebSocket handshake", status_code=int(status[1]))
+    end = _END_OF_HEAD.search(head, unsearched)
+    behind = len(head) - end.end() if end is not None else 0
+    return data[: len(data) - behind], data[len(data) - behind :]
 
 
 def _current_backend() -> str:

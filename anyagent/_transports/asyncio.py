@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 from websockets.client import ClientProtocol
-from websockets.exceptions import PayloadTooBig
 from websockets.frames import Frame, Opcode
 from websockets.protocol import CONNECTING, OPEN
 from websockets.uri import WebSocketURI
@@ -25,13 +24,14 @@ from . import (
     LOST_CONNECTION,
     OUTPUT_SIZE,
     PONG,
+    READ_SIZE,
     TOO_LARGE,
     VIOLATION,
     Transport,
     TransportClosed,
-    check_status_line,
+    split_answer,
 )
-from .meter import FRAGMENTS
+from .frames import FrameSplitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncioTransport", "open_transport", "thread_scheduler"]
 
-_READ_SIZE: Final = 64 * 1024
 _HANDSHAKE_SIZE: Final = 64 * 1024  # of the agent's answer; websockets itself would read a megabyte
 _DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
 
@@ -57,29 +56,32 @@ async def open_transport(
     """Do the WebSocket handshake over `stream`; the caller closes `stream` if that fails."""
     path, _, query = target.resource.partition("?")
     uri = WebSocketURI(target.ssl_context is not None, target.host, target.port, path, query, None, None)
-    protocol = ClientProtocol(uri, max_size=message_size, logger=_silent)
+    protocol = ClientProtocol(uri, max_size=None, logger=_silent)  # FrameSplitter sees to the size
     request = protocol.connect()
     for name, value in target.headers:
         request.headers[name] = value
     protocol.send_request(request)
-    transport = AsyncioTransport(stream, protocol)
+    transport = AsyncioTransport(stream, protocol, FrameSplitter(message_size))
     await transport.handshake()
     return transport
 
 
 class AsyncioTransport(Transport):
-    """`receive` reads the socket and feeds the protocol; what the protocol answers waits in `_output`."""
+    """`receive` reads the socket; the protocol is fed what no text can be taken out of.
 
-    def __init__(self, stream: ByteStream, protocol: ClientProtocol) -> None:
+    What the protocol answers waits in `_output`.
+    """
+
+    def __init__(self, stream: ByteStream, protocol: ClientProtocol, splitter: FrameSplitter) -> None:
         self.output_ready = lambda: None
         self._stream = stream
         self._protocol = protocol
+        self._splitter = splitter
         self._output = bytearray()
         self._message = bytearray()
-        self._fragments = 0
         self._binary = False
         self._end: TransportClosed | None = None
-        self._arrived_with_handshake: list[bytes] | None = None
+        self._arrived_with_handshake = b""
 
     async def handshake(self) -> None:
         """Send the request; wait for the answer. Raises `ConnectError`."""
@@ -91,29 +93,31 @@ class AsyncioTransport(Transport):
                 # Nothing of the library's own error: it may quote the request, if the peer has echoed it.
                 if protocol.handshake_exc is not None or len(head) > _HANDSHAKE_SIZE:
                     raise ConnectError(INVALID_HANDSHAKE)
-                data = await self._stream.receive(_READ_SIZE)
-                head += data
-                check_status_line(head)
-                protocol.receive_data(data)
+                answer, self._arrived_with_handshake = split_answer(
+                    head, await self._stream.receive(READ_SIZE)
+                )
+                protocol.receive_data(answer)
         except LOST_CONNECTION as exc:
             raise ConnectError(HANDSHAKE_CUT) from exc
-        self._arrived_with_handshake = self._collect()
+        protocol.events_received()  # which include the answer itself
 
     async def receive(self) -> list[bytes]:
-        if self._arrived_with_handshake is not None:
-            messages, self._arrived_with_handshake = self._arrived_with_handshake, None
-            return messages  # even if there are none: what arrived may have been a ping
         if self._end is not None:
             raise self._end
+        data, self._arrived_with_handshake = self._arrived_with_handshake, b""
         try:
-            self._protocol.receive_data(await self._stream.receive(_READ_SIZE))
+            messages, rest = self._splitter.split(data or await self._stream.receive(READ_SIZE))
         except anyio.EndOfStream:
             self._protocol.receive_eof()
+            messages = self._collect()
         except LOST_CONNECTION as exc:
             raise TransportClosed(1006, LOST) from exc
-        messages = self._collect()
-        if self._take_output():
-            self.output_ready()
+        else:
+            if rest or self._splitter.exceeded:
+                self._protocol.receive_data(rest)
+                messages += self._collect()
+                if self._take_output():
+                    self.output_ready()
         if self._end is not None and not messages:
             raise self._end
         return messages
@@ -127,13 +131,9 @@ class AsyncioTransport(Transport):
             if event.opcode is not Opcode.CONT:
                 self._binary = event.opcode is Opcode.BINARY
             self._message += event.data
-            self._fragments += 1
-            if self._fragments > FRAGMENTS:
-                self._end = TransportClosed(1009, TOO_LARGE, violation=True)
-                return messages
             if not event.fin:
                 continue
-            message, self._message, self._fragments = bytes(self._message), bytearray(), 0
+            message, self._message = bytes(self._message), bytearray()
             if self._binary:
                 self._end = TransportClosed(1002, BINARY_MESSAGE, violation=True)
                 return messages
@@ -146,14 +146,14 @@ class AsyncioTransport(Transport):
         failure, close = self._protocol.parser_exc, self._protocol.close_rcvd
         if isinstance(failure, EOFError):
             self._end = TransportClosed(1006, CUT_OFF)
-        elif isinstance(failure, PayloadTooBig):
-            self._end = TransportClosed(1009, TOO_LARGE, violation=True)
         elif isinstance(failure, UnicodeDecodeError):
             self._end = TransportClosed(1007, BAD_UTF8, violation=True)
         elif failure is not None:
             self._end = TransportClosed(1002, f"{VIOLATION}: {failure}", violation=True)
         elif close is not None:
             self._end = TransportClosed(int(close.code), close.reason)
+        elif self._splitter.exceeded:
+            self._end = TransportClosed(1009, TOO_LARGE, violation=True)
         return messages
 
     def _take_output(self) -> bool:

@@ -8,8 +8,7 @@ waits for the peer's answer to them, and writes no close frame when the peer bre
 from __future__ import annotations
 
 import contextlib
-import re
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, cast
 
 import anyio
 import trio
@@ -28,13 +27,14 @@ from . import (
     LOST_CONNECTION,
     OUTPUT_SIZE,
     PONG,
+    READ_SIZE,
     TOO_LARGE,
     VIOLATION,
     Transport,
     TransportClosed,
-    check_status_line,
+    split_answer,
 )
-from .meter import FrameMeter
+from .frames import FrameSplitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from .._target import Target
 
 __all__ = ["TrioTransport", "open_transport", "thread_scheduler"]
-
-_READ_SIZE: Final = 64 * 1024
-_END_OF_HEAD: Final = re.compile(rb"\n\r?\n")  # as h11 sees it
 
 
 class _Feed(trio.abc.Stream):
@@ -131,7 +128,7 @@ class TrioTransport(Transport):
         self.output_ready = lambda: None
         self._stream = stream
         self._message_size = message_size
-        self._meter = FrameMeter(message_size)
+        self._splitter = FrameSplitter(message_size)
         self._frames = FrameProtocol(client=True, extensions=[])
         self._feed = _Feed()
         self._feed.on_output = lambda: self.output_ready()
@@ -173,13 +170,10 @@ class TrioTransport(Transport):
                 # Nothing of the library's own error: it may quote the request, if the peer has echoed it.
                 if self._finished:  # after 16 KiB at the latest, h11's limit
                     raise ConnectError(INVALID_HANDSHAKE)
-                data = await self._stream.receive(_READ_SIZE)
-                head += data
-                check_status_line(head)
-                if end := _END_OF_HEAD.search(head, len(head) - len(data) - 2):
-                    self._arrived_with_handshake = bytes(head[end.end() :])
-                    data = data.removesuffix(self._arrived_with_handshake)
-                self._feed.put(data)
+                answer, self._arrived_with_handshake = split_answer(
+                    head, await self._stream.receive(READ_SIZE)
+                )
+                self._feed.put(answer)
                 await self._digest()
                 await trio.lowlevel.checkpoint()  # the library wakes `run_library` and us, in any order
         except LOST_CONNECTION as exc:
@@ -210,16 +204,15 @@ class TrioTransport(Transport):
         data, self._arrived_with_handshake = self._arrived_with_handshake, b""
         at_eof = False
         try:
-            data = data or await self._stream.receive(_READ_SIZE)
+            messages, rest = self._splitter.split(data or await self._stream.receive(READ_SIZE))
         except anyio.EndOfStream:
             at_eof = True
+            messages, rest = [], b""
         except LOST_CONNECTION as exc:
             raise TransportClosed(1006, LOST) from exc
-        admitted = self._meter.admit(data)
-        messages: list[bytes] = []
-        if admitted or at_eof:
-            self._feed.put(admitted)
-            messages = await self._digest()
+        if rest or at_eof:
+            self._feed.put(rest)
+            messages += await self._digest()
         if self._end is None:
             self._end = self._find_end(at_eof)
         if self._end is not None and not messages:
@@ -237,7 +230,7 @@ class TrioTransport(Transport):
         if closed is not None or self._finished:
             detail = "" if closed is None else f": {closed.reason}"
             return TransportClosed(1002, f"{VIOLATION}{detail}", violation=True)
-        if self._meter.exceeded:
+        if self._splitter.exceeded:
             return TransportClosed(1009, TOO_LARGE, violation=True)
         return None
 
