@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 import anyio
+import anyio.lowlevel
 
 from .errors import AgentError, SlowConsumerError
 from .om import Error, EventReasoningChunk, EventTextChunk
@@ -40,10 +41,11 @@ class Request:
     """One ``IM.UserMessage`` and everything that answers it.
 
     It is `settled` once its outcome is fixed. The agent may still be answering then, if its lane has to be
-    drained; `drained` is set when it has ended. `queued` are its messages that wait for the writer.
+    drained; `drained` is set when it has ended. In between, from its first event on, it is `streaming`.
+    `queued` are its messages that wait for the writer.
 
-    Events reach the consumer in batches, through a memory object stream of one batch. While that batch has
-    not been taken, further events join it.
+    Events wait here until the consumer takes them, all at once; it is woken when there is a first one. A
+    consumer that collects is woken at the end, and only the text is kept for it.
     """
 
     def __init__(self, lane: str, limits: Limits) -> None:
@@ -53,72 +55,103 @@ class Request:
         self.end: EventEnd | None = None
         self.error: Exception | None = None
         self.settled = False
+        self.streaming = False
         self.drained: anyio.Event | None = None
         self.queued: list[Outgoing] = []
         self._limits = limits
-        self._send, self._receive = anyio.create_memory_object_stream[list["AgentEvent"]](1)
-        self._pending: list[AgentEvent] | None = None
-        self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
-        self._handed_over = False
+        self._pending: list[AgentEvent] = []
         self._pending_size = 0
+        self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
+        self._collecting = False
+        self._texts: list[str] = []
+        self._wake: anyio.Event | None = None
 
-    def push(self, event: AgentEvent, size: int) -> bool:
-        """Add an event of `size` bytes; true if it opened a new batch, which `hand_over` has to follow.
+    def push(self, event: AgentEvent, size: int) -> None:
+        """Add an event that came in `size` bytes; wake the consumer if it waits for one.
 
         Raises `SlowConsumerError` at a limit of the buffer; the event is lost then.
         """
-        pending = self._pending
-        if pending is None:
-            self._pending, self._pending_size = [event], size
-            return True
-        if self._pending_size + size > self._limits.response_bytes:
-            raise SlowConsumerError("response_bytes", self._limits.response_bytes)
-        if len(pending) < self._limits.response_events:
-            pending.append(event)
-        elif isinstance(event, _MERGEABLE) and type(event) is type(pending[-1]):
-            self._tail.append(event)
-            if len(self._tail) >= self._limits.response_events:
-                self._join_tail(pending)
-        else:
-            self._join_tail(pending)
-            pending[:] = _merge(pending)
-            if len(pending) >= self._limits.response_events:
-                raise SlowConsumerError("response_events", self._limits.response_events)
-            pending.append(event)
         self._pending_size += size
-        return False
-
-    def hand_over(self) -> None:
-        """Pass an opened batch to the consumer. Once per batch."""
-        if self._pending is not None and not self._handed_over:
-            self._handed_over = True
-            self._send.send_nowait(self._pending)
+        if self._collecting:
+            self._check_size(size)
+            if isinstance(event, EventTextChunk):
+                self._texts.append(event.text)
+        elif not self._pending:
+            self._pending.append(event)
+            self._pending_size = size
+            if self._wake is not None:
+                self._wake.set()
+        else:
+            self._check_size(size)
+            if len(self._pending) < self._limits.response_events:
+                self._pending.append(event)
+            else:
+                self._squeeze_in(event)
 
     async def take(self) -> list[AgentEvent]:
-        """Wait for the next batch, at a checkpoint in any case. Raises `anyio.EndOfStream` after the last."""
-        batch = await self._receive.receive()
-        self._join_tail(batch)
-        self._pending = None
-        self._handed_over = False
-        return batch
+        """Wait for events, at a checkpoint in any case; return all there are. None: there will be no more."""
+        await self._wait(ready=bool(self._pending))
+        pending, self._pending = self._pending, []
+        self._join_tail(pending)
+        return pending
+
+    async def collect(self) -> list[str]:
+        """Wait for the end, at a checkpoint in any case; return all texts that were not taken."""
+        self._collecting = True
+        waiting = self._pending + self._tail
+        self._texts += [event.text for event in waiting if isinstance(event, EventTextChunk)]
+        self._pending, self._tail = [], []
+        await self._wait(ready=False)
+        return self._texts
 
     def settle(self, outcome: EventEnd | Exception | None, now: float) -> None:
         """Fix the outcome: a terminal, an error, or ``None`` for a consumer that left. Once per request.
 
         What had arrived stays there to be taken first.
         """
-        self.hand_over()
         self.settled = True
+        self.streaming = False
         self.stats.end = now
         if isinstance(outcome, Exception):
             self.error = outcome
         else:
             self.end = outcome
-        self._send.close()
+        if self._wake is not None:
+            self._wake.set()
 
     def discard(self) -> None:
-        """Close the reading end: nobody will take what is left."""
-        self._receive.close()
+        """Drop what waits: nobody will take it."""
+        self._pending = []
+        self._tail = []
+
+    async def _wait(self, *, ready: bool) -> None:
+        if ready or self.settled:
+            await anyio.lowlevel.checkpoint()
+            return
+        self._wake = anyio.Event()
+        try:
+            await self._wake.wait()
+        finally:
+            self._wake = None
+
+    def _check_size(self, size: int) -> None:
+        if self._pending_size > self._limits.response_bytes:
+            self._pending_size -= size
+            raise SlowConsumerError("response_bytes", self._limits.response_bytes)
+
+    def _squeeze_in(self, event: AgentEvent) -> None:
+        """Add an event beyond the limit, by joining chunks."""
+        pending = self._pending
+        if isinstance(event, _MERGEABLE) and type(event) is type(pending[-1]):
+            self._tail.append(event)
+            if len(self._tail) >= self._limits.response_events:
+                self._join_tail(pending)
+            return
+        self._join_tail(pending)
+        pending[:] = _merge(pending)
+        if len(pending) >= self._limits.response_events:
+            raise SlowConsumerError("response_events", self._limits.response_events)
+        pending.append(event)
 
     def _join_tail(self, pending: list[AgentEvent]) -> None:
         if self._tail:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -57,8 +56,8 @@ class Response:
     def __init__(self, session: Session, request: Request) -> None:
         self._session = session
         self._request = request
-        self._batch: deque[AgentEvent] = deque()
-        self._budget = 0
+        self._batch: list[AgentEvent] = []  # the last one comes first
+        self._ready: list[AgentEvent] = []  # likewise: what is yielded before the next checkpoint
         self._guard = anyio.ResourceGuard("iterating over this response")
         self._closed = False
         self._exhausted = False
@@ -91,31 +90,36 @@ class Response:
         return self
 
     async def __anext__(self) -> AgentEvent:
-        if self._budget and self._batch:
-            self._budget -= 1
-            return self._batch.popleft()
-        with self._guard:
-            await self._refill()
-        self._budget = _EVENTS_PER_CHECKPOINT - 1
-        return self._batch.popleft()
+        if not self._ready:
+            with self._guard:
+                await self._refill()
+        return self._ready.pop()
 
     async def _refill(self) -> None:
-        """Pass a checkpoint, and see to it that the batch is not empty. Cancelled: the request is, too."""
+        """Pass a checkpoint, and see to it that there is something ready. Cancelled: the request is, too."""
         try:
             if self._batch or self._closed:
                 await anyio.lowlevel.checkpoint()
             else:
-                self._batch.extend(await self._request.take())
-        except anyio.EndOfStream:
-            self._exhausted = not self._closed  # else it was closed meanwhile, by another task
-            self._close()
+                self._batch = await self._request.take()
+                self._batch.reverse()
         except BaseException:
             self._close()
             raise
         if not self._batch:
-            if not self._exhausted:
-                raise anyio.ClosedResourceError
-            raise self._request.error or StopAsyncIteration
+            self._finish()
+            raise StopAsyncIteration
+        self._ready = self._batch[-_EVENTS_PER_CHECKPOINT:]
+        del self._batch[-_EVENTS_PER_CHECKPOINT:]
+
+    def _finish(self) -> None:
+        """Close at the end of what there was to read. Raises what it ended with, if not well."""
+        self._exhausted = self._exhausted or not self._closed  # else it was closed before its end
+        self._close()
+        if not self._exhausted:
+            raise anyio.ClosedResourceError
+        if self._request.error is not None:
+            raise self._request.error
 
     async def aclose(self) -> None:
         """Leave: if the agent is still busy with the request, tell it to stop.
@@ -138,15 +142,25 @@ class Response:
         Nothing answers an `OM.EventToolCall` here, and the agent would wait: iterate if it may call tools.
         Raises what iterating raises, with the `Reply` so far as its `partial`. Cancelled: so is the request.
         """
-        texts: list[str] = []
-        try:
-            async for event in self:
-                if isinstance(event, EventTextChunk):
-                    texts.append(event.text)
-        except AnyAgentError as exc:
-            exc.partial = Reply("".join(texts), self.tokens_used)
-            raise
-        return Reply("".join(texts), self.tokens_used)
+        with self._guard:
+            unread = reversed(self._batch + self._ready)
+            texts = [event.text for event in unread if isinstance(event, EventTextChunk)]
+            self._batch, self._ready = [], []
+            try:
+                if self._closed:
+                    await anyio.lowlevel.checkpoint()
+                else:
+                    texts += await self._request.collect()
+            except BaseException:
+                self._close()
+                raise
+            reply = Reply("".join(texts), self.tokens_used)
+            try:
+                self._finish()
+            except AnyAgentError as exc:
+                exc.partial = reply
+                raise
+            return reply
 
     async def send_tool_result(self, call_id: str, output: str) -> None:
         """Answer the ``OM.EventToolCall`` `call_id` with `output`.
@@ -160,7 +174,7 @@ class Response:
         if not self._closed:
             self._closed = True
             self._session.leave(self._request)
-            self._batch.clear()
+            self._batch, self._ready = [], []
 
     def __del__(self) -> None:
         if not self._closed:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["AgentStats", "Session"]
 
 _TOMBSTONES: Final = 4_096
+_CONTENT: Final = (om.EventTextChunk, om.EventReasoningChunk, om.EventToolCall)
 
 
 @dataclasses.dataclass(slots=True)
@@ -116,7 +117,7 @@ class Session:
         self._on_notice = on_notice
         self._run_soon = run_soon
         self._lanes = Lanes(dialect.lanes, self._in_flight_limit(status))
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str | None, Request] = {}  # None: where a message that names no lane looks
         self._tombstones: OrderedDict[str, None] = OrderedDict()
         self._abandoned: deque[Request] = deque()
         self._wake_reaper = anyio.Event()
@@ -304,26 +305,37 @@ class Session:
     # Receiving
 
     def _process(self, batch: list[bytes]) -> None:
-        """Decode and route everything that arrived together; each request is handed at most one batch."""
-        opened: list[Request] = []
+        """Decode and route everything that arrived together; each waiting consumer is woken at most once."""
+        decode, lane_of, requests = self._dialect.decode, self._dialect.lane_of, self._requests
         for data in batch:
-            if self._failure is not None:
-                break
             try:
-                message = self._dialect.decode(data)
+                message = decode(data)
             except ProtocolError as exc:
                 self._reject(exc)
-                continue
-            if isinstance(message, om.AgentEvent):
-                self._route(message, len(data), opened)
             else:
-                self._notice(message)
-        for request in opened:
-            request.hand_over()
+                if isinstance(message, _CONTENT):
+                    request = requests.get(lane_of(message))
+                    if request is not None and request.streaming:
+                        self._deliver(request, message, len(data))
+                        continue
+                if isinstance(message, om.AgentEvent):
+                    self._route(message, len(data))
+                else:
+                    self._notice(message)
+            if self._failure is not None:
+                break
 
-    def _route(self, event: _Event, size: int, opened: list[Request]) -> None:
+    def _deliver(self, request: Request, event: om.AgentEvent, size: int) -> None:
+        try:
+            request.push(event, size)
+        except SlowConsumerError as exc:
+            self._fail_request(request, exc)
+        else:
+            self.stats.events += 1
+
+    def _route(self, event: _Event, size: int) -> None:
         lane = self._dialect.lane_of(event)
-        request = None if lane is None else self._requests.get(lane)
+        request = self._requests.get(lane)
         if request is None or request.phase == "not_sent":
             self._route_elsewhere(event, lane)
         elif isinstance(event, om.EventEnd | om.Error):
@@ -333,15 +345,9 @@ class Session:
         else:
             if request.phase == "sent":
                 request.phase = "started"
+                request.streaming = True
                 request.stats.first_event = self._heard
-            try:
-                if request.push(event, size):
-                    opened.append(request)
-            except SlowConsumerError as exc:
-                self.stats.failed += 1
-                self._stop(request, exc)
-            else:
-                self.stats.events += 1
+            self._deliver(request, event, size)
 
     def _route_elsewhere(self, event: _Event, lane: str | None) -> None:
         """An event of no live request."""
@@ -402,8 +408,7 @@ class Session:
             if request.settled:
                 self.stats.late_events += 1
             else:
-                self.stats.failed += 1
-                self._stop(request, exc)
+                self._fail_request(request, exc)
         elif exc.request_id in self._tombstones:
             self.stats.late_events += 1
         else:
@@ -411,6 +416,10 @@ class Session:
             self._fail(failure, exc.close_code)
 
     # Ending requests
+
+    def _fail_request(self, request: Request, error: Exception) -> None:
+        self.stats.failed += 1
+        self._stop(request, error)
 
     def _stop(self, request: Request, error: Exception | None) -> None:
         """Settle a request that the agent has not ended, and see to its lane."""

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
+class _Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What all messages out of the agent share: a tag, and defaults left out on the wire."""
 
 

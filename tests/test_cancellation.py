@@ -332,7 +332,7 @@ async def test_native_cancellation_at_the_moment_of_delivery_cancels_the_request
         task: asyncio.Task[OM.AgentEvent] = asyncio.ensure_future(anext(response))
         await anyio.wait_all_tasks_blocked()
         peer.send(OM.EventTextChunk("delivered, but not taken", id=message.id))
-        while not response.stats.first_event:
+        while response.stats.first_event is None:
             await anyio.lowlevel.checkpoint()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -36,7 +36,6 @@ def push_all(request: Request, *events: OM.AgentEvent) -> None:
     """Deliver `events` as one batch of a transport."""
     for event in events:
         request.push(event, 1)
-    request.hand_over()
 
 
 def letters(events: list[OM.AgentEvent]) -> list[object]:
@@ -59,13 +58,11 @@ def runs(events: list[OM.AgentEvent]) -> int:
 @pytest.mark.anyio
 async def test_events_join_the_batch_that_was_not_taken() -> None:
     request = Request("1", Limits())
-    assert request.push(text("a"), 1)
-    assert not request.push(text("b"), 1)
-    request.hand_over()
-    assert not request.push(tool("c"), 1)
+    request.push(text("a"), 1)
+    request.push(text("b"), 1)
+    request.push(tool("c"), 1)
     assert await request.take() == [text("a"), text("b"), tool("c")]
-    assert request.push(text("d"), 1)
-    request.hand_over()
+    request.push(text("d"), 1)
     assert await request.take() == [text("d")]
     request.settle(None, 0)
     request.discard()
@@ -84,7 +81,7 @@ async def test_events_join_the_batch_that_was_handed_to_a_consumer_that_has_not_
         tasks.start_soon(consume)
         await anyio.wait_all_tasks_blocked()
         push_all(request, text("a"))
-        assert not request.push(text("b"), 1)
+        request.push(text("b"), 1)
         await anyio.wait_all_tasks_blocked()
         assert batches == [[text("a"), text("b")]]
         push_all(request, text("c"))
@@ -104,11 +101,9 @@ async def test_what_arrived_is_taken_before_the_end(outcome: OM.EventEnd | Excep
     assert (request.end, request.error) == (
         (None, outcome) if isinstance(outcome, Exception) else (outcome, None)
     )
-    request.hand_over()  # as the receiver does at the end of the transport's batch
     assert await request.take() == [text("a")]
     for _ in range(2):
-        with pytest.raises(anyio.EndOfStream):
-            await request.take()
+        assert await request.take() == []
     request.discard()
 
 
@@ -122,8 +117,7 @@ async def test_the_end_wakes_a_consumer_that_waits() -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(settle)
-        with pytest.raises(anyio.EndOfStream):
-            await request.take()
+        assert await request.take() == []
     request.discard()
 
 
@@ -164,17 +158,53 @@ async def test_events_that_cannot_be_joined_fail_the_request_at_the_limit() -> N
 @pytest.mark.anyio
 async def test_bytes_count_as_received_and_fail_the_request_at_the_limit() -> None:
     request = Request("1", Limits(response_bytes=100, response_events=2))
-    assert request.push(text("a"), 60)
-    request.hand_over()
-    assert not request.push(text("b"), 30)
-    assert not request.push(text("c"), 10)
+    request.push(text("a"), 60)
+    request.push(text("b"), 30)
+    request.push(text("c"), 10)
     with pytest.raises(SlowConsumerError) as caught:
         request.push(text("d"), 1)
     assert (caught.value.limit, caught.value.value) == ("response_bytes", 100)
     assert await request.take() == [text("a"), text("bc")]
-    assert request.push(text("d"), 100)
+    request.push(text("d"), 100)
     request.settle(None, 0)
     request.discard()
+
+
+@pytest.mark.anyio
+async def test_a_consumer_that_collects_is_given_all_texts_and_wakes_at_the_end_only() -> None:
+    request = Request("1", Limits(response_events=2))
+    push_all(request, text("a"), reasoning("b"), text("c"), text("d"), text("e"))
+    collected: list[str] = []
+
+    async def collect() -> None:
+        collected.extend(await request.collect())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(collect)
+        await anyio.wait_all_tasks_blocked()
+        push_all(request, tool("f"), text("g"), reasoning("h"), text("i"))
+        await anyio.wait_all_tasks_blocked()
+        assert collected == []
+        request.settle(OM.EventEnd(1), 0)
+    assert "".join(collected) == "acdegi"
+
+
+@pytest.mark.anyio
+async def test_what_is_collected_is_bounded_in_bytes_and_not_in_events() -> None:
+    request = Request("1", Limits(response_bytes=100, response_events=2))
+
+    async def push() -> None:
+        await anyio.wait_all_tasks_blocked()
+        for _ in range(100):
+            request.push(text("a"), 1)
+        with pytest.raises(SlowConsumerError) as caught:
+            request.push(text("b"), 1)
+        assert (caught.value.limit, caught.value.value) == ("response_bytes", 100)
+        request.settle(caught.value, 0)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(push)
+        assert "".join(await request.collect()) == 100 * "a"
 
 
 def test_the_error_of_an_agent_keeps_its_fields() -> None:
@@ -219,9 +249,7 @@ def test_no_sequence_of_events_loses_or_reorders_anything_up_to_the_limit(
                 continue
             event, size = step
             try:
-                if request.push(event, size):
-                    assert waiting == []
-                    request.hand_over()
+                request.push(event, size)
             except SlowConsumerError as exc:
                 if exc.limit == "response_bytes":
                     assert waiting_bytes + size > limit_of_bytes
@@ -237,8 +265,7 @@ def test_no_sequence_of_events_loses_or_reorders_anything_up_to_the_limit(
             request.settle(OM.EventEnd(1), 0)
         if waiting:
             taken += await request.take()
-        with pytest.raises(anyio.EndOfStream):
-            await request.take()
+        assert await request.take() == []
         request.discard()
         assert letters(taken) == letters(pushed)
         assert [event for event in taken if isinstance(event, OM.EventToolCall | OM.Unknown)] == [

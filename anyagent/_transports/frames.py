@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["FRAGMENTS", "FrameSplitter"]
 
-FRAGMENTS: Final = 64 * 1024
+FRAGMENTS: Final = 128 * 1024
 """In how many frames a message may come; each costs the library memory, however little it holds."""
 
 # First bytes of a frame: FIN, three reserved bits, opcode (RFC 6455, section 5.2).
