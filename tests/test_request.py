@@ -172,7 +172,7 @@ async def test_bytes_count_as_received_and_fail_the_request_at_the_limit() -> No
 
 @pytest.mark.anyio
 async def test_a_consumer_that_collects_is_given_all_texts_and_wakes_at_the_end_only() -> None:
-    request = Request("1", Limits(response_events=2))
+    request = Request("1", Limits(response_events=3))
     push_all(request, text("a"), reasoning("b"), text("c"), text("d"), text("e"))
     collected: list[str] = []
 
