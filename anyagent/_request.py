@@ -13,6 +13,9 @@ from .errors import AgentError, SlowConsumerError
 from .om import Error, EventReasoningChunk, EventTextChunk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._transports import Event
     from ._writer import Outgoing
     from .config import Limits
     from .errors import Phase
@@ -48,7 +51,7 @@ class Request:
     consumer that collects is woken at the end, and only the text is kept for it.
     """
 
-    def __init__(self, lane: str, limits: Limits) -> None:
+    def __init__(self, lane: str, limits: Limits, new_event: Callable[[], Event] = anyio.Event) -> None:
         self.lane = lane
         self.phase: Phase = "not_sent"
         self.stats = ResponseStats()
@@ -58,40 +61,41 @@ class Request:
         self.streaming = False
         self.drained: anyio.Event | None = None
         self.queued: list[Outgoing] = []
-        self._limits = limits
+        self._events_limit = limits.response_events
+        self._size_limit = limits.response_bytes
         self._pending: list[AgentEvent] = []
-        self._pending_size = 0
+        self._size = 0  # of what waits
         self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
         self._collecting = False
         self._texts: list[str] = []
-        self._wake: anyio.Event | None = None
+        self._new_event = new_event
+        self._wake: Event | None = None
 
     def push(self, event: AgentEvent, size: int) -> None:
         """Add an event that came in `size` bytes; wake the consumer if it waits for one.
 
         Raises `SlowConsumerError` at a limit of the buffer; the event is lost then.
         """
-        self._pending_size += size
+        pending = self._pending
+        self._size += size
+        if self._size > self._size_limit and (pending or self._texts):
+            self._size -= size
+            raise SlowConsumerError("response_bytes", self._size_limit)
         if self._collecting:
-            self._check_size(size)
             if isinstance(event, EventTextChunk):
                 self._texts.append(event.text)
-        elif not self._pending:
-            self._pending.append(event)
-            self._pending_size = size
-            if self._wake is not None:
-                self._wake.set()
+        elif len(pending) >= self._events_limit:
+            self._squeeze_in(event)
         else:
-            self._check_size(size)
-            if len(self._pending) < self._limits.response_events:
-                self._pending.append(event)
-            else:
-                self._squeeze_in(event)
+            pending.append(event)
+            if len(pending) == 1 and self._wake is not None:
+                self._wake.set()
 
     async def take(self) -> list[AgentEvent]:
         """Wait for events, at a checkpoint in any case; return all there are. None: there will be no more."""
         await self._wait(ready=bool(self._pending))
         pending, self._pending = self._pending, []
+        self._size = 0
         self._join_tail(pending)
         return pending
 
@@ -128,29 +132,24 @@ class Request:
         if ready or self.settled:
             await anyio.lowlevel.checkpoint()
             return
-        self._wake = anyio.Event()
+        self._wake = self._new_event()
         try:
             await self._wake.wait()
         finally:
             self._wake = None
-
-    def _check_size(self, size: int) -> None:
-        if self._pending_size > self._limits.response_bytes:
-            self._pending_size -= size
-            raise SlowConsumerError("response_bytes", self._limits.response_bytes)
 
     def _squeeze_in(self, event: AgentEvent) -> None:
         """Add an event beyond the limit, by joining chunks."""
         pending = self._pending
         if isinstance(event, _MERGEABLE) and type(event) is type(pending[-1]):
             self._tail.append(event)
-            if len(self._tail) >= self._limits.response_events:
+            if len(self._tail) >= self._events_limit:
                 self._join_tail(pending)
             return
         self._join_tail(pending)
         pending[:] = _merge(pending)
-        if len(pending) >= self._limits.response_events:
-            raise SlowConsumerError("response_events", self._limits.response_events)
+        if len(pending) >= self._events_limit:
+            raise SlowConsumerError("response_events", self._events_limit)
         pending.append(event)
 
     def _join_tail(self, pending: list[AgentEvent]) -> None:

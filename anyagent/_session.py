@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from ._transports import Transport
+    from ._transports import Event, Transport
     from .config import Heartbeat, Limits, Timeouts
     from .dialects import Dialect
     from .errors import Phase
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["AgentStats", "Session"]
 
 _TOMBSTONES: Final = 4_096
-_CONTENT: Final = (om.EventTextChunk, om.EventReasoningChunk, om.EventToolCall)
+_CONTENT: Final = (om.EventTextChunk, om.EventReasoningChunk, om.EventToolCall, om.Unknown)
 
 
 @dataclasses.dataclass(slots=True)
@@ -102,6 +102,7 @@ class Session:
         heartbeat: Heartbeat | None,
         on_notice: Callable[[om.ServerMessage], object] | None,
         run_soon: Callable[[Callable[[], object]], None],
+        new_event: Callable[[], Event],
     ) -> None:
         self.status = status
         self.stats = AgentStats()
@@ -116,6 +117,7 @@ class Session:
         self._heartbeat = heartbeat
         self._on_notice = on_notice
         self._run_soon = run_soon
+        self._new_event = new_event
         self._lanes = Lanes(dialect.lanes, self._in_flight_limit(status))
         self._requests: dict[str | None, Request] = {}  # None: where a message that names no lane looks
         self._tombstones: OrderedDict[str, None] = OrderedDict()
@@ -147,7 +149,7 @@ class Session:
         except BaseException:
             self._lanes.release(lane)
             raise
-        request = Request(lane, self._limits)
+        request = Request(lane, self._limits, self._new_event)
         self._requests[lane] = request
         self.stats.requests += 1
         self._writer.queue(Outgoing(data, request))
@@ -307,47 +309,52 @@ class Session:
     def _process(self, batch: list[bytes]) -> None:
         """Decode and route everything that arrived together; each waiting consumer is woken at most once."""
         decode, lane_of, requests = self._dialect.decode, self._dialect.lane_of, self._requests
-        for data in batch:
-            try:
-                message = decode(data)
-            except ProtocolError as exc:
-                self._reject(exc)
-            else:
-                if isinstance(message, _CONTENT):
-                    request = requests.get(lane_of(message))
-                    if request is not None and request.streaming:
-                        self._deliver(request, message, len(data))
-                        continue
-                if isinstance(message, om.AgentEvent):
-                    self._route(message, len(data))
-                else:
-                    self._notice(message)
-            if self._failure is not None:
-                break
-
-    def _deliver(self, request: Request, event: om.AgentEvent, size: int) -> None:
+        delivered = 0
         try:
-            request.push(event, size)
-        except SlowConsumerError as exc:
-            self._fail_request(request, exc)
-        else:
-            self.stats.events += 1
+            for data in batch:
+                try:
+                    message = decode(data)
+                except ProtocolError as exc:
+                    self._reject(exc)
+                else:
+                    if isinstance(message, _CONTENT):  # nearly always
+                        request = requests.get(lane_of(message))
+                        if request is not None and (request.streaming or self._has_started(request)):
+                            try:
+                                request.push(message, len(data))
+                            except SlowConsumerError as exc:
+                                self._fail_request(request, exc)
+                            else:
+                                delivered += 1
+                            continue
+                    if isinstance(message, om.AgentEvent):
+                        self._route(message)
+                    else:
+                        self._notice(message)
+                if self._failure is not None:
+                    break
+        finally:
+            self.stats.events += delivered
 
-    def _route(self, event: _Event, size: int) -> None:
+    def _has_started(self, request: Request) -> bool:
+        """Whether the next event is the first one of `request`."""
+        if request.phase != "sent" or request.settled:
+            return False
+        request.phase = "started"
+        request.streaming = True
+        request.stats.first_event = self._heard
+        return True
+
+    def _route(self, event: _Event) -> None:
+        """See to an event that is not to be delivered."""
         lane = self._dialect.lane_of(event)
         request = self._requests.get(lane)
         if request is None or request.phase == "not_sent":
             self._route_elsewhere(event, lane)
         elif isinstance(event, om.EventEnd | om.Error):
             self._terminate(request, event)
-        elif request.settled:
-            self.stats.late_events += 1
         else:
-            if request.phase == "sent":
-                request.phase = "started"
-                request.streaming = True
-                request.stats.first_event = self._heard
-            self._deliver(request, event, size)
+            self.stats.late_events += 1
 
     def _route_elsewhere(self, event: _Event, lane: str | None) -> None:
         """An event of no live request."""

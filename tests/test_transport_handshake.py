@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
-import anyio
-import anyio.lowlevel
-import anyio.to_thread
 import pytest
+from anyio.abc import ByteStream
 
+import anyagent._transports.asyncio
+import anyagent._transports.trio
 from anyagent import open_agent
 
 from .wire_server import PING, PONG, STATUS, Frame, Peer, frame, serve, text
+
+Connect: TypeAlias = Callable[[str, int], Awaitable[ByteStream]]
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sockets]
 
@@ -91,8 +95,12 @@ async def test_a_host_name_of_the_greatest_length_is_asked_for_at_any_port(
         assert peer.header("host") == [f"{host}:{server.port}"]
         peer.finish()
 
-    connect_tcp = anyio.connect_tcp
-    monkeypatch.setattr(anyio, "connect_tcp", lambda host, port: connect_tcp("127.0.0.1", port))
+    for backend in (anyagent._transports.asyncio, anyagent._transports.trio):
+
+        async def connect_tcp(host: str, port: int, real: Connect = backend.connect_tcp) -> ByteStream:
+            return await real("127.0.0.1", port)
+
+        monkeypatch.setattr(backend, "connect_tcp", connect_tcp)
     async with serve(script) as server, open_agent(f"ws://{host}:{server.port}/"):
         pass
 

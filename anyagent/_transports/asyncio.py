@@ -32,6 +32,7 @@ from . import (
     split_answer,
 )
 from .frames import FrameSplitter
+from .tcp import connect_tcp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream, TaskGroup
 
     from .._target import Target
+    from . import Event
 
-__all__ = ["AsyncioTransport", "open_transport", "thread_scheduler"]
+__all__ = ["AsyncioTransport", "connect_tcp", "event_factory", "open_transport", "thread_scheduler"]
 
 _HANDSHAKE_SIZE: Final = 64 * 1024  # of the agent's answer; websockets itself would read a megabyte
 _DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
@@ -195,3 +197,23 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
             loop.call_soon_threadsafe(function)
 
     return run_soon
+
+
+class _Event:
+    """Holds a future and nothing else: `asyncio.Event` has a queue, too, for any number of waiters."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def set(self) -> None:
+        if not self._future.done():  # else the task that waited is being cancelled
+            self._future.set_result(None)
+
+    def wait(self) -> asyncio.Future[None]:
+        return self._future
+
+
+def event_factory() -> Callable[[], Event]:
+    return _Event

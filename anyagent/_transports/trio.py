@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 import trio
+from anyio import connect_tcp
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 from wsproto.frame_protocol import FrameProtocol
 
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream, TaskGroup
 
     from .._target import Target
+    from . import Event
 
-__all__ = ["TrioTransport", "open_transport", "thread_scheduler"]
+__all__ = ["TrioTransport", "connect_tcp", "event_factory", "open_transport", "thread_scheduler"]
 
 
 class _Feed(trio.abc.Stream):
@@ -271,3 +273,7 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
             token.run_sync_soon(function)
 
     return run_soon
+
+
+def event_factory() -> Callable[[], Event]:
+    return trio.Event
