@@ -110,7 +110,7 @@ async def run_agent(
                     heartbeat=heartbeat,
                     on_notice=on_notice,
                     run_soon=_transports.thread_scheduler(),
-                    new_event=_transports.event_factory(),
+                    new_waker=_transports.waker_factory(),
                 )
                 task_group.start_soon(session.run)
                 await session.running()

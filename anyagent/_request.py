@@ -6,16 +6,15 @@ import dataclasses
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-import anyio
 import anyio.lowlevel
 
 from .errors import AgentError, SlowConsumerError
 from .om import Error, EventReasoningChunk, EventTextChunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable
 
-    from ._transports import Event
+    from ._transports import Waker
     from ._writer import Outgoing
     from .config import Limits
     from .errors import Phase
@@ -51,7 +50,7 @@ class Request:
     consumer that collects is woken at the end, and only the text is kept for it.
     """
 
-    def __init__(self, lane: str, limits: Limits, new_event: Callable[[], Event] = anyio.Event) -> None:
+    def __init__(self, lane: str, limits: Limits, waker: Waker) -> None:
         self.lane = lane
         self.phase: Phase = "not_sent"
         self.stats = ResponseStats()
@@ -68,8 +67,7 @@ class Request:
         self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
         self._collecting = False
         self._texts: list[str] = []
-        self._new_event = new_event
-        self._wake: Event | None = None
+        self._waker = waker
 
     def push(self, event: AgentEvent, size: int) -> None:
         """Add an event that came in `size` bytes; wake the consumer if it waits for one.
@@ -88,24 +86,31 @@ class Request:
             self._squeeze_in(event)
         else:
             pending.append(event)
-            if len(pending) == 1 and self._wake is not None:
-                self._wake.set()
+            if len(pending) == 1:
+                self._waker.wake()
 
-    async def take(self) -> list[AgentEvent]:
-        """Wait for events, at a checkpoint in any case; return all there are. None: there will be no more."""
-        await self._wait(ready=bool(self._pending))
+    def arrival(self) -> Awaitable[None]:
+        """Wait until there is something to take, or nothing more to wait for; at a checkpoint in any case."""
+        if self._pending or self.settled:
+            return anyio.lowlevel.checkpoint()
+        return self._waker.wait()
+
+    def take(self) -> list[AgentEvent]:
+        """All events that have arrived."""
         pending, self._pending = self._pending, []
         self._size = 0
         self._join_tail(pending)
         return pending
 
-    async def collect(self) -> list[str]:
-        """Wait for the end, at a checkpoint in any case; return all texts that were not taken."""
+    def start_collecting(self) -> list[str]:
+        """Keep nothing but text from now on; return the list to which the texts are added.
+
+        From then on the end alone is an `arrival`.
+        """
         self._collecting = True
         waiting = self._pending + self._tail
-        self._texts += [event.text for event in waiting if isinstance(event, EventTextChunk)]
+        self._texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
         self._pending, self._tail = [], []
-        await self._wait(ready=False)
         return self._texts
 
     def settle(self, outcome: EventEnd | Exception | None, now: float) -> None:
@@ -120,23 +125,12 @@ class Request:
             self.error = outcome
         else:
             self.end = outcome
-        if self._wake is not None:
-            self._wake.set()
+        self._waker.wake()
 
     def discard(self) -> None:
         """Drop what waits: nobody will take it."""
         self._pending = []
         self._tail = []
-
-    async def _wait(self, *, ready: bool) -> None:
-        if ready or self.settled:
-            await anyio.lowlevel.checkpoint()
-            return
-        self._wake = self._new_event()
-        try:
-            await self._wake.wait()
-        finally:
-            self._wake = None
 
     def _squeeze_in(self, event: AgentEvent) -> None:
         """Add an event beyond the limit, by joining chunks."""

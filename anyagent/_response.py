@@ -58,7 +58,7 @@ class Response:
         self._request = request
         self._batch: list[AgentEvent] = []  # the last one comes first
         self._ready: list[AgentEvent] = []  # likewise: what is yielded before the next checkpoint
-        self._guard = anyio.ResourceGuard("iterating over this response")
+        self._waiting = False
         self._closed = False
         self._exhausted = False
 
@@ -91,26 +91,45 @@ class Response:
 
     async def __anext__(self) -> AgentEvent:
         if not self._ready:
-            with self._guard:
-                await self._refill()
+            await self._arrival()
+            self._refill()
         return self._ready.pop()
 
-    async def _refill(self) -> None:
-        """Pass a checkpoint, and see to it that there is something ready. Cancelled: the request is, too."""
+    async def _arrival(self) -> None:
+        """Wait if there is nothing to be read yet; at a checkpoint in any case.
+
+        Cancelled: so is the request.
+        """
+        self._raise_if_waiting()
+        self._waiting = True
         try:
             if self._batch or self._closed:
                 await anyio.lowlevel.checkpoint()
             else:
-                self._batch = await self._request.take()
-                self._batch.reverse()
+                await self._request.arrival()
         except BaseException:
             self._close()
             raise
+        finally:
+            self._waiting = False
+
+    def _raise_if_waiting(self) -> None:
+        if self._waiting:
+            raise anyio.BusyResourceError("iterating over this response")
+
+    def _refill(self) -> None:
+        """Make ready what is yielded before the next checkpoint."""
         if not self._batch:
-            self._finish()
-            raise StopAsyncIteration
-        self._ready = self._batch[-_EVENTS_PER_CHECKPOINT:]
-        del self._batch[-_EVENTS_PER_CHECKPOINT:]
+            self._batch = self._request.take()
+            self._batch.reverse()
+            if not self._batch:
+                self._finish()
+                raise StopAsyncIteration
+        if len(self._batch) <= _EVENTS_PER_CHECKPOINT:
+            self._ready, self._batch = self._batch, []
+        else:
+            self._ready = self._batch[-_EVENTS_PER_CHECKPOINT:]
+            del self._batch[-_EVENTS_PER_CHECKPOINT:]
 
     def _finish(self) -> None:
         """Close at the end of what there was to read. Raises what it ended with, if not well."""
@@ -142,25 +161,19 @@ class Response:
         Nothing answers an `OM.EventToolCall` here, and the agent would wait: iterate if it may call tools.
         Raises what iterating raises, with the `Reply` so far as its `partial`. Cancelled: so is the request.
         """
-        with self._guard:
-            unread = reversed(self._batch + self._ready)
-            texts = [event.text for event in unread if isinstance(event, EventTextChunk)]
-            self._batch, self._ready = [], []
-            try:
-                if self._closed:
-                    await anyio.lowlevel.checkpoint()
-                else:
-                    texts += await self._request.collect()
-            except BaseException:
-                self._close()
-                raise
-            reply = Reply("".join(texts), self.tokens_used)
-            try:
-                self._finish()
-            except AnyAgentError as exc:
-                exc.partial = reply
-                raise
-            return reply
+        self._raise_if_waiting()
+        unread = reversed(self._batch + self._ready)
+        texts = [event.text for event in unread if isinstance(event, EventTextChunk)]
+        self._batch, self._ready = [], []
+        rest = [] if self._closed else self._request.start_collecting()
+        await self._arrival()
+        reply = Reply("".join(texts + rest), self.tokens_used)
+        try:
+            self._finish()
+        except AnyAgentError as exc:
+            exc.partial = reply
+            raise
+        return reply
 
     async def send_tool_result(self, call_id: str, output: str) -> None:
         """Answer the ``OM.EventToolCall`` `call_id` with `output`.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from ._transports import Event, Transport
+    from ._transports import Transport, Waker
     from .config import Heartbeat, Limits, Timeouts
     from .dialects import Dialect
     from .errors import Phase
@@ -102,7 +102,7 @@ class Session:
         heartbeat: Heartbeat | None,
         on_notice: Callable[[om.ServerMessage], object] | None,
         run_soon: Callable[[Callable[[], object]], None],
-        new_event: Callable[[], Event],
+        new_waker: Callable[[], Waker],
     ) -> None:
         self.status = status
         self.stats = AgentStats()
@@ -117,7 +117,7 @@ class Session:
         self._heartbeat = heartbeat
         self._on_notice = on_notice
         self._run_soon = run_soon
-        self._new_event = new_event
+        self._new_waker = new_waker
         self._lanes = Lanes(dialect.lanes, self._in_flight_limit(status))
         self._requests: dict[str | None, Request] = {}  # None: where a message that names no lane looks
         self._tombstones: OrderedDict[str, None] = OrderedDict()
@@ -149,7 +149,7 @@ class Session:
         except BaseException:
             self._lanes.release(lane)
             raise
-        request = Request(lane, self._limits, self._new_event)
+        request = Request(lane, self._limits, self._new_waker())
         self._requests[lane] = request
         self.stats.requests += 1
         self._writer.queue(Outgoing(data, request))

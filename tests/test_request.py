@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from anyagent import OM, AgentError, Limits, SlowConsumerError
 from anyagent._request import Request, agent_error
+from anyagent._transports import waker_factory
 
 from .properties import REPEATABLE, TEXTS, run
 
@@ -30,6 +31,15 @@ def tool(call_id: str) -> OM.EventToolCall:
 
 def unknown(kind: str) -> OM.Unknown:
     return OM.Unknown(kind, f'{{"type":"{kind}"}}', id="1")
+
+
+def new_request(limits: Limits) -> Request:
+    return Request("1", limits, waker_factory()())
+
+
+async def next_batch(request: Request) -> list[OM.AgentEvent]:
+    await request.arrival()
+    return request.take()
 
 
 def push_all(request: Request, *events: OM.AgentEvent) -> None:
@@ -57,25 +67,25 @@ def runs(events: list[OM.AgentEvent]) -> int:
 
 @pytest.mark.anyio
 async def test_events_join_the_batch_that_was_not_taken() -> None:
-    request = Request("1", Limits())
+    request = new_request(Limits())
     request.push(text("a"), 1)
     request.push(text("b"), 1)
     request.push(tool("c"), 1)
-    assert await request.take() == [text("a"), text("b"), tool("c")]
+    assert request.take() == [text("a"), text("b"), tool("c")]
     request.push(text("d"), 1)
-    assert await request.take() == [text("d")]
+    assert request.take() == [text("d")]
     request.settle(None, 0)
     request.discard()
 
 
 @pytest.mark.anyio
 async def test_events_join_the_batch_that_was_handed_to_a_consumer_that_has_not_woken_up_yet() -> None:
-    request = Request("1", Limits())
+    request = new_request(Limits())
     batches = []
 
     async def consume() -> None:
-        batches.append(await request.take())
-        batches.append(await request.take())
+        batches.append(await next_batch(request))
+        batches.append(await next_batch(request))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(consume)
@@ -93,7 +103,7 @@ async def test_events_join_the_batch_that_was_handed_to_a_consumer_that_has_not_
 @pytest.mark.anyio
 @pytest.mark.parametrize("outcome", [OM.EventEnd(7), AgentError("busy", "later"), None])
 async def test_what_arrived_is_taken_before_the_end(outcome: OM.EventEnd | Exception | None) -> None:
-    request = Request("1", Limits())
+    request = new_request(Limits())
     request.push(text("a"), 1)
     request.settle(outcome, 12.5)
     assert request.settled
@@ -101,15 +111,15 @@ async def test_what_arrived_is_taken_before_the_end(outcome: OM.EventEnd | Excep
     assert (request.end, request.error) == (
         (None, outcome) if isinstance(outcome, Exception) else (outcome, None)
     )
-    assert await request.take() == [text("a")]
+    assert request.take() == [text("a")]
     for _ in range(2):
-        assert await request.take() == []
+        assert request.take() == []
     request.discard()
 
 
 @pytest.mark.anyio
 async def test_the_end_wakes_a_consumer_that_waits() -> None:
-    request = Request("1", Limits())
+    request = new_request(Limits())
 
     async def settle() -> None:
         await anyio.wait_all_tasks_blocked()
@@ -117,54 +127,54 @@ async def test_the_end_wakes_a_consumer_that_waits() -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(settle)
-        assert await request.take() == []
+        assert request.take() == []
     request.discard()
 
 
 @pytest.mark.anyio
 async def test_at_the_limit_of_events_adjacent_chunks_of_one_kind_are_joined() -> None:
-    request = Request("1", Limits(response_events=5))
+    request = new_request(Limits(response_events=5))
     push_all(request, text("a", 1), text("b", 2), reasoning("c", 3), reasoning("d", 4), text("e"))
     push_all(request, text("f", 6), tool("g"))
-    assert await request.take() == [text("ab", 2), reasoning("cd", 4), text("ef", 6), tool("g")]
+    assert request.take() == [text("ab", 2), reasoning("cd", 4), text("ef", 6), tool("g")]
     request.settle(None, 0)
     request.discard()
 
 
 @pytest.mark.anyio
 async def test_below_the_limit_chunks_stay_as_they_came() -> None:
-    request = Request("1", Limits(response_events=3))
+    request = new_request(Limits(response_events=3))
     push_all(request, text("a"), text("b"), text("c"))
-    assert await request.take() == [text("a"), text("b"), text("c")]
+    assert request.take() == [text("a"), text("b"), text("c")]
     request.settle(None, 0)
     request.discard()
 
 
 @pytest.mark.anyio
 async def test_events_that_cannot_be_joined_fail_the_request_at_the_limit() -> None:
-    request = Request("1", Limits(response_events=3))
+    request = new_request(Limits(response_events=3))
     push_all(request, tool("a"), tool("b"), unknown("c"))
     for event in (tool("d"), text("e"), unknown("c")):
         with pytest.raises(SlowConsumerError) as caught:
             request.push(event, 1)
         assert (caught.value.limit, caught.value.value) == ("response_events", 3)
-    assert await request.take() == [tool("a"), tool("b"), unknown("c")]
+    assert request.take() == [tool("a"), tool("b"), unknown("c")]
     push_all(request, tool("d"), tool("e"), tool("f"))
-    assert await request.take() == [tool("d"), tool("e"), tool("f")]
+    assert request.take() == [tool("d"), tool("e"), tool("f")]
     request.settle(None, 0)
     request.discard()
 
 
 @pytest.mark.anyio
 async def test_bytes_count_as_received_and_fail_the_request_at_the_limit() -> None:
-    request = Request("1", Limits(response_bytes=100, response_events=2))
+    request = new_request(Limits(response_bytes=100, response_events=2))
     request.push(text("a"), 60)
     request.push(text("b"), 30)
     request.push(text("c"), 10)
     with pytest.raises(SlowConsumerError) as caught:
         request.push(text("d"), 1)
     assert (caught.value.limit, caught.value.value) == ("response_bytes", 100)
-    assert await request.take() == [text("a"), text("bc")]
+    assert request.take() == [text("a"), text("bc")]
     request.push(text("d"), 100)
     request.settle(None, 0)
     request.discard()
@@ -172,12 +182,14 @@ async def test_bytes_count_as_received_and_fail_the_request_at_the_limit() -> No
 
 @pytest.mark.anyio
 async def test_a_consumer_that_collects_is_given_all_texts_and_wakes_at_the_end_only() -> None:
-    request = Request("1", Limits(response_events=3))
+    request = new_request(Limits(response_events=3))
     push_all(request, text("a"), reasoning("b"), text("c"), text("d"), text("e"))
     collected: list[str] = []
 
     async def collect() -> None:
-        collected.extend(await request.collect())
+        texts = request.start_collecting()
+        await request.arrival()
+        collected.extend(texts)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(collect)
@@ -191,7 +203,7 @@ async def test_a_consumer_that_collects_is_given_all_texts_and_wakes_at_the_end_
 
 @pytest.mark.anyio
 async def test_what_is_collected_is_bounded_in_bytes_and_not_in_events() -> None:
-    request = Request("1", Limits(response_bytes=100, response_events=2))
+    request = new_request(Limits(response_bytes=100, response_events=2))
 
     async def push() -> None:
         await anyio.wait_all_tasks_blocked()
@@ -204,7 +216,9 @@ async def test_what_is_collected_is_bounded_in_bytes_and_not_in_events() -> None
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(push)
-        assert "".join(await request.collect()) == 100 * "a"
+        texts = request.start_collecting()
+        await request.arrival()
+        assert "".join(texts) == 100 * "a"
 
 
 def test_the_error_of_an_agent_keeps_its_fields() -> None:
@@ -234,7 +248,7 @@ def test_no_sequence_of_events_loses_or_reorders_anything_up_to_the_limit(
     backend: str, steps: list[Step], limit_of_events: int, limit_of_bytes: int
 ) -> None:
     async def main() -> None:
-        request = Request("1", Limits(response_events=limit_of_events, response_bytes=limit_of_bytes))
+        request = new_request(Limits(response_events=limit_of_events, response_bytes=limit_of_bytes))
         pushed: list[OM.AgentEvent] = []
         taken: list[OM.AgentEvent] = []
         waiting: list[OM.AgentEvent] = []
@@ -242,7 +256,7 @@ def test_no_sequence_of_events_loses_or_reorders_anything_up_to_the_limit(
         for step in steps:
             if step is None:
                 if waiting:
-                    batch = await request.take()
+                    batch = request.take()
                     assert 1 <= len(batch) <= limit_of_events
                     taken += batch
                     waiting, waiting_bytes = [], 0
@@ -264,8 +278,8 @@ def test_no_sequence_of_events_loses_or_reorders_anything_up_to_the_limit(
         if not request.settled:
             request.settle(OM.EventEnd(1), 0)
         if waiting:
-            taken += await request.take()
-        assert await request.take() == []
+            taken += request.take()
+        assert request.take() == []
         request.discard()
         assert letters(taken) == letters(pushed)
         assert [event for event in taken if isinstance(event, OM.EventToolCall | OM.Unknown)] == [

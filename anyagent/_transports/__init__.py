@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .._target import Target
 
-__all__ = ["Event", "Transport", "TransportClosed", "connect", "event_factory", "thread_scheduler"]
+__all__ = ["Transport", "TransportClosed", "Waker", "connect", "thread_scheduler", "waker_factory"]
 
 OUTPUT_SIZE = 64 * 1024
 """How many bytes may wait to be written before pongs are left out (RFC 6455, section 5.5.3, allows that)."""
@@ -116,14 +116,14 @@ class Transport(abc.ABC):
         """Close the socket at once, without a handshake. Idempotent; does not wait for the peer."""
 
 
-class Event(Protocol):
-    """A flag that one task waits for."""
-
-    def set(self) -> object:
-        """Wake the task that waits; once."""
+class Waker(Protocol):
+    """Wakes one task, any number of times: cheaper than one event after the other."""
 
     def wait(self) -> Awaitable[None]:
-        """Wait for `set`, at a checkpoint in any case."""
+        """Wait, at a checkpoint, for the next `wake`. For one task at a time."""
+
+    def wake(self) -> None:
+        """Wake the task that waits, if there is one."""
 
 
 class _Backend(Protocol):
@@ -137,7 +137,7 @@ class _Backend(Protocol):
 
     def thread_scheduler(self) -> Callable[[Callable[[], object]], None]: ...
 
-    def event_factory(self) -> Callable[[], Event]: ...
+    def waker_factory(self) -> Callable[[], Waker]: ...
 
 
 async def connect(target: Target, message_size: int, task_group: TaskGroup) -> Transport:
@@ -162,9 +162,9 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
     return _backend().thread_scheduler()
 
 
-def event_factory() -> Callable[[], Event]:
-    """What makes events for the present event loop, at less than half of the cost of `anyio.Event`."""
-    return _backend().event_factory()
+def waker_factory() -> Callable[[], Waker]:
+    """What makes wakers for the present event loop."""
+    return _backend().waker_factory()
 
 
 def split_answer(head: bytearray, data: bytes) -> tuple[bytes, bytes]:

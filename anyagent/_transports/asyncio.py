@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream, TaskGroup
 
     from .._target import Target
-    from . import Event
+    from . import Waker
 
-__all__ = ["AsyncioTransport", "connect_tcp", "event_factory", "open_transport", "thread_scheduler"]
+__all__ = ["AsyncioTransport", "connect_tcp", "open_transport", "thread_scheduler", "waker_factory"]
 
 _HANDSHAKE_SIZE: Final = 64 * 1024  # of the agent's answer; websockets itself would read a megabyte
 _DATA: Final = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
@@ -199,21 +199,23 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
     return run_soon
 
 
-class _Event:
-    """Holds a future and nothing else: `asyncio.Event` has a queue, too, for any number of waiters."""
+class _Waker:
+    """Holds a future only while a task waits: `asyncio.Event` has a queue, too, for any number of waiters."""
 
     __slots__ = ("_future",)
 
     def __init__(self) -> None:
-        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def set(self) -> None:
-        if not self._future.done():  # else the task that waited is being cancelled
-            self._future.set_result(None)
+        self._future: asyncio.Future[None] | None = None
 
     def wait(self) -> asyncio.Future[None]:
+        self._future = asyncio.get_running_loop().create_future()
         return self._future
 
+    def wake(self) -> None:
+        future, self._future = self._future, None
+        if future is not None and not future.done():  # done: the task that waited was cancelled
+            future.set_result(None)
 
-def event_factory() -> Callable[[], Event]:
-    return _Event
+
+def waker_factory() -> Callable[[], Waker]:
+    return _Waker

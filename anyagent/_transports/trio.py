@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from anyio.abc import ByteStream, TaskGroup
 
     from .._target import Target
-    from . import Event
+    from . import Waker
 
-__all__ = ["TrioTransport", "connect_tcp", "event_factory", "open_transport", "thread_scheduler"]
+__all__ = ["TrioTransport", "connect_tcp", "open_transport", "thread_scheduler", "waker_factory"]
 
 
 class _Feed(trio.abc.Stream):
@@ -275,5 +275,27 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
     return run_soon
 
 
-def event_factory() -> Callable[[], Event]:
-    return trio.Event
+class _Waker:
+    """Parks the task itself: `trio.Event` has a set of them."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self) -> None:
+        self._task: trio.lowlevel.Task | None = None
+
+    async def wait(self) -> None:
+        self._task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._abort)
+
+    def wake(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+def waker_factory() -> Callable[[], Waker]:
+    return _Waker
