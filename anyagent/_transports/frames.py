@@ -42,7 +42,8 @@ class FrameSplitter:
     def __init__(self, message_size: int) -> None:
         self.exceeded = False
         self._message_size = message_size
-        self._held = bytearray()  # the beginning of a frame, or of the header of one to be passed on
+        self._header = b""  # of the text frame of whose text the beginning is held
+        self._held = bytearray()  # else: the beginning of a frame, or of the header of one to be passed on
         self._wanted = 0  # how much has to be held before there is something to do
         self._broken = False
         self._payload = 0  # how much is still to come of a payload that is being passed on
@@ -54,20 +55,31 @@ class FrameSplitter:
 
         The texts come before every message in the latter.
         """
-        if self._held:
-            self._held += data
-            if len(self._held) < self._wanted:
-                return [], b""
-            data, self._held = bytes(self._held), bytearray()
         texts: list[bytes] = []
         passed: list[bytes] = []
-        position = 0
-        passing = True
+        start = 0
+        header, self._header = self._header, b""
+        if header or self._held:
+            missing = self._wanted - len(self._held)
+            if len(data) < missing:
+                self._held += data
+                self._header = header
+                return [], b""
+            if header:
+                self._held += data[:missing]
+                texts.append(bytes(self._held))
+                start = missing
+            else:
+                self._held += data
+                data = bytes(self._held)
+            self._held = bytearray()
+        position, passing = start, True
         if not (self._payload or self._fragments or self._broken):
-            position, passing = self._take(data, texts, passed)
+            position, passing = self._take(data, start, texts, passed)
             if not _is_utf8(texts):
                 self._broken = True
-                return [], data
+                self._header = b""
+                return [], b"".join((header, texts[0], data[start:])) if header else data
         if passing:
             end = self._follow(data, position)
             passed.append(data[position:end])
@@ -76,15 +88,14 @@ class FrameSplitter:
             self._held += data[position:]
         return texts, b"".join(passed)
 
-    def _take(self, data: bytes, texts: list[bytes], passed: list[bytes]) -> tuple[int, bool]:
+    def _take(self, data: bytes, position: int, texts: list[bytes], passed: list[bytes]) -> tuple[int, bool]:
         """Take frames; return where the first begins that cannot be, and whether it has to be passed on.
 
-        If not, it is incomplete.
+        If not, it is incomplete; a whole header of a text is put aside then.
         """
         limit = self._message_size
         short = min(limit, _LONGEST_OF_CONTROL)
         available = len(data)
-        position = 0
         while position < available - 1:
             length = data[position + 1]
             if length <= short:
@@ -103,8 +114,9 @@ class FrameSplitter:
             end = start + length
             if data[position] == _TEXT:
                 if end > available:
-                    self._wanted = end - position
-                    return position, False
+                    self._wanted = length
+                    self._header = data[position:start]
+                    return start, False
                 texts.append(data[start:end])
             elif data[position] in _PING_OR_PONG and end <= available and length <= short:
                 passed.append(data[position:end])
@@ -152,9 +164,10 @@ class FrameSplitter:
 
 
 def _is_utf8(texts: list[bytes]) -> bool:
-    try:
-        # A line break never completes a character that a text leaves incomplete.
-        b"\n".join(texts).decode()
-    except UnicodeDecodeError:
-        return False
+    if not all(map(bytes.isascii, texts)):
+        try:
+            # A line break never completes a character that a text leaves incomplete.
+            b"\n".join(texts).decode()
+        except UnicodeDecodeError:
+            return False
     return True

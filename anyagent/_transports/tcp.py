@@ -37,7 +37,8 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self._buffer = bytearray(_SMALLEST_READ_SIZE)
-        self._arrived = bytearray()
+        self._arrived: list[bytes] = []
+        self._size = 0
         self._reading = True
         self._ended = False
         self._closed = False
@@ -55,11 +56,10 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
                 await self._arrival
             finally:
                 self._arrival = None
-        if len(self._arrived) <= max_bytes:
-            data, self._arrived = bytes(self._arrived), bytearray()
-        else:
-            data = bytes(memoryview(self._arrived)[:max_bytes])
-            del self._arrived[:max_bytes]
+        data = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
+        self._arrived = [data[max_bytes:]] if len(data) > max_bytes else []
+        data = data[:max_bytes]
+        self._size -= len(data)
         if not data:
             self._raise_if_unusable()
             raise anyio.EndOfStream
@@ -104,10 +104,11 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._arrived += memoryview(self._buffer)[:nbytes]
+        self._arrived.append(bytes(memoryview(self._buffer)[:nbytes]))
+        self._size += nbytes
         if nbytes == len(self._buffer) < READ_SIZE:
             self._buffer = bytearray(4 * nbytes)
-        if len(self._arrived) >= READ_SIZE:
+        if self._size >= READ_SIZE:
             self._reading = False
             self._transport.pause_reading()
         self._wake_receiver()
