@@ -55,8 +55,7 @@ class AgentStats:
     unroutable_events: int = 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Failure:
+class _Failure(msgspec.Struct, frozen=True):
     """Why the connection takes no more requests; every request gets an exception of its own."""
 
     code: int
@@ -133,7 +132,7 @@ class Session:
         self._closed = anyio.Event()
         self._scope = anyio.CancelScope(shield=True)
         self._tasks: TaskGroup
-        self._writer = Writer(transport)
+        self._writer = Writer(transport, new_waker())
 
     # What Agent and Response call
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 import anyio
+import msgspec
 
 if TYPE_CHECKING:
     from ._request import Request
-    from ._transports import Transport
+    from ._transports import Transport, Waker
 
 __all__ = ["Outgoing", "Writer"]
 
 _WRITE_SIZE: Final = 64 * 1024
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, eq=False):
     """A message that waits for the writer; `taken` is set once the writer has taken it, or never will."""
 
     data: bytes
@@ -33,14 +32,14 @@ class Writer:
     queued, by callers or by the transport itself.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, waker: Waker) -> None:
         self._transport = transport
+        self._waker = waker
         self._queue: OrderedDict[Outgoing, None] = OrderedDict()
         self._has_work = False
+        self._writing = False
         self._ended = False
-        self._wakes = anyio.Event()
         self._flushed = anyio.Event()
-        self._flushed.set()
         transport.output_ready = self._wake
 
     def queue(self, outgoing: Outgoing) -> None:
@@ -56,18 +55,22 @@ class Writer:
             _release(outgoing)
 
     async def flushed(self) -> None:
-        """Wait until nothing is left to write, or nothing can be written any more."""
-        await self._flushed.wait()
+        """Wait until nothing is left to write, or nothing can be written any more. For one task at a time."""
+        if (self._has_work or self._writing) and not self._ended:
+            self._flushed = anyio.Event()
+            await self._flushed.wait()
 
     async def run(self) -> None:
         """Write what is queued, for ever. Raises `anyio.BrokenResourceError` when the connection is gone."""
         try:
             while True:
-                await self._wakes.wait()
-                self._wakes = anyio.Event()
+                if not self._has_work:
+                    await self._waker.wait()
+                self._writing = True
                 while self._has_work:
                     self._has_work = False
                     await self._transport.send(self._take())
+                self._writing = False
                 self._flushed.set()
         finally:
             self._ended = True
@@ -75,9 +78,7 @@ class Writer:
 
     def _wake(self) -> None:
         self._has_work = True
-        if self._flushed.is_set() and not self._ended:
-            self._flushed = anyio.Event()
-            self._wakes.set()
+        self._waker.wake()
 
     def _take(self) -> list[bytes]:
         """The messages to write together: a segment or two, so that those behind can still be withdrawn."""

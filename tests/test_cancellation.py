@@ -13,6 +13,7 @@ import anyio.lowlevel
 import pytest
 
 from anyagent import IM, OM, Agent, ProtocolError, Response
+from anyagent._transports import waker_factory
 from anyagent._writer import Outgoing, Writer
 from anyagent.dialects import Dialect
 from anyagent.testing import MemoryPeer, memory_agent
@@ -438,7 +439,7 @@ async def test_a_lane_that_is_used_again_drains_even_where_the_wire_can_cancel()
 async def test_withdrawing_a_message_that_the_writer_no_longer_holds_changes_nothing() -> None:
     peer = MemoryPeer()
     async with anyio.create_task_group() as tasks:
-        writer = Writer(await peer.connect(tasks))
+        writer = Writer(await peer.connect(tasks), waker_factory()())
         tasks.start_soon(writer.run)
         outgoing = Outgoing(IM.encode(IM.Cancel("1")))
         writer.queue(outgoing)

@@ -69,7 +69,7 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
         return data
 
     async def send(self, item: bytes) -> None:
-        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         self._raise_if_unusable()
         self._transport.write(item)
         if not self._writable.is_set():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from statistics import median
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from ..results import Measurement
@@ -60,8 +61,9 @@ class Imports(Scenario):
 
 def _import(modules: tuple[str, ...]) -> Measurement:
     command = [sys.executable, "-c", _PROGRAM, *modules]
-    seconds = 0.0
-    for _ in range(2):  # the first one may compile, and fills the system's caches
+    seconds = []
+    for _ in range(8):
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        seconds = float(answer.stdout)
-    return Measurement(seconds * 1e3, None, {"modules": len(modules)})
+        seconds.append(float(answer.stdout))
+    # The first one may compile, and fills the system's caches.
+    return Measurement(median(seconds[1:]) * 1e3, None, {"modules": len(modules)})
