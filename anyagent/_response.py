@@ -156,7 +156,9 @@ class Response:
         self._close()
 
     async def collect(self) -> Reply:
-        """Read to the end and return the text of all text chunks that were not read yet, as one `Reply`.
+        """Wait for the end and return the text of all text chunks that were not read yet, as one `Reply`.
+
+        The caller is woken once, and only text is kept; `Limits.response_bytes` bounds all of it.
 
         Nothing answers an `OM.EventToolCall` here, and the agent would wait: iterate if it may call tools.
         Raises what iterating raises, with the `Reply` so far as its `partial`. Cancelled: so is the request.

@@ -28,7 +28,8 @@ class Limits:
       connection with close code 1009 (RFC 6455, section 7.4.1).
     * `response_events` (events, default 4,096): how many events of one response may wait to be read, behind
       the batch that is being read. Adjacent text chunks are joined before this limit counts; no text is lost.
-    * `response_bytes` (bytes of JSON, default 16 MiB): the same, in bytes as received.
+    * `response_bytes` (bytes of JSON, default 16 MiB): the same, in bytes as received. With `ask` and
+      `collect`, which are woken at the end only, it bounds the whole answer.
 
     A response that reaches one of the last two fails with `SlowConsumerError`; no other is affected.
     """

@@ -19,7 +19,7 @@ _BASELINES: Final = ("aiohttp", "replaced", "trio-websocket", "floor", "librarie
 _NOTHING: Final = "-"
 _NOTE: Final = (
     "Medians; spread is half the range by the median; server is its share of one CPU. "
-    "All rounds include sending the prompts and starting a task for each."
+    "Sending the prompts and starting a task for each is measured, too, but for interleaved."
 )
 _COLUMNS: Final = (  # of the Markdown table: scenario, variant, heading, divisor
     ("burst", "streamed", "burst, µs", 1),
