@@ -280,6 +280,25 @@ async def test_a_violation_fails_what_is_in_flight_after_what_had_arrived_and_it
         assert isinstance(later.value.__cause__, ProtocolError)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [b"\xc1\x7f", b"\x80\x7f", b"\x88\x7f", b"\x89\x7f", b"\x01\x00\x81\x7f"],
+    ids=["reserved bit", "continuation of nothing", "close", "ping", "text within a message"],
+)
+async def test_a_frame_that_breaks_the_protocol_is_not_waited_for_to_its_end(header: bytes) -> None:
+    def script(peer: Peer) -> None:
+        peer.open()
+        peer.receive_prompt()
+        with contextlib.suppress(ConnectionError):
+            peer.send(header + (2**40).to_bytes(8) + 20 * LIMIT * b"x")
+        assert peer.receive_close()[0] in (1002, 1009)
+        peer.wait_gone()
+
+    async with serve(script) as server, open_agent(server.url, limits=LIMITS) as agent:
+        with pytest.raises(ProtocolError):
+            await agent.ask("hello")
+
+
 async def test_nothing_that_comes_after_a_violation_is_delivered() -> None:
     def script(peer: Peer) -> None:
         peer.upgrade()

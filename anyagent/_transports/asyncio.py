@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 from websockets.client import ClientProtocol
+from websockets.exceptions import PayloadTooBig
 from websockets.frames import Frame, Opcode
 from websockets.protocol import CONNECTING, OPEN
 from websockets.uri import WebSocketURI
@@ -58,7 +59,8 @@ async def open_transport(
     """Do the WebSocket handshake over `stream`; the caller closes `stream` if that fails."""
     path, _, query = target.resource.partition("?")
     uri = WebSocketURI(target.ssl_context is not None, target.host, target.port, path, query, None, None)
-    protocol = ClientProtocol(uri, max_size=None, logger=_silent)  # FrameSplitter sees to the size
+    # The splitter sees to the size of messages; this bounds what is kept of a frame that breaks the protocol.
+    protocol = ClientProtocol(uri, max_size=max(message_size, 125), logger=_silent)
     request = protocol.connect()
     for name, value in target.headers:
         request.headers[name] = value
@@ -148,14 +150,14 @@ class AsyncioTransport(Transport):
         failure, close = self._protocol.parser_exc, self._protocol.close_rcvd
         if isinstance(failure, EOFError):
             self._end = TransportClosed(1006, CUT_OFF)
+        elif isinstance(failure, PayloadTooBig) or self._splitter.exceeded:
+            self._end = TransportClosed(1009, TOO_LARGE, violation=True)
         elif isinstance(failure, UnicodeDecodeError):
             self._end = TransportClosed(1007, BAD_UTF8, violation=True)
         elif failure is not None:
             self._end = TransportClosed(1002, f"{VIOLATION}: {failure}", violation=True)
         elif close is not None:
             self._end = TransportClosed(int(close.code), close.reason)
-        elif self._splitter.exceeded:
-            self._end = TransportClosed(1009, TOO_LARGE, violation=True)
         return messages
 
     def _take_output(self) -> bool:

@@ -55,6 +55,8 @@ class FrameSplitter:
 
         The texts come before every message in the latter.
         """
+        if self.exceeded:
+            return [], b""
         texts: list[bytes] = []
         passed: list[bytes] = []
         start = 0
@@ -84,7 +86,7 @@ class FrameSplitter:
             end = self._follow(data, position)
             passed.append(data[position:end])
             position = end
-        if position < len(data) and not self.exceeded:
+        if position < len(data):
             self._held += data[position:]
         return texts, b"".join(passed)
 
