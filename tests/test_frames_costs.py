@@ -17,8 +17,6 @@ from .wire_server import BINARY, CONTINUATION, PING, TEXT, frame, text
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LARGE = 2**40
-LIMIT = 70_000
 MEBIBYTE = 2**20
 
 
