@@ -75,19 +75,20 @@ class Request:
         Raises `SlowConsumerError` at a limit of the buffer; the event is lost then.
         """
         pending = self._pending
-        self._size += size
-        if self._size > self._size_limit and (pending or self._texts):
-            self._size -= size
+        total = self._size + size
+        if total > self._size_limit and self._size:
             raise SlowConsumerError("response_bytes", self._size_limit)
         if self._collecting:
-            if isinstance(event, EventTextChunk):
-                self._texts.append(event.text)
+            if not isinstance(event, EventTextChunk):
+                return
+            self._texts.append(event.text)
         elif len(pending) >= self._events_limit:
             self._squeeze_in(event)
         else:
             pending.append(event)
             if len(pending) == 1:
                 self._waker.wake()
+        self._size = total
 
     def arrival(self) -> Awaitable[None]:
         """Wait until there is something to take, or nothing more to wait for; at a checkpoint in any case."""

@@ -74,7 +74,8 @@ class Stopwatch:
         self.cpu = self.wall = self.server_cpu = 0.0
 
     def start(self) -> None:
-        gc.collect()
+        if not self.wall:
+            gc.collect()
         self.server_cpu -= self._server_time()
         self.wall -= time.perf_counter()
         self.cpu -= time.process_time()
