@@ -112,6 +112,7 @@ class Request:
         waiting = self._pending + self._tail
         self._texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
         self._pending, self._tail = [], []
+        self._size = sum(map(len, self._texts))
         return self._texts
 
     def settle(self, outcome: EventEnd | Exception | None, now: float) -> None:

@@ -173,7 +173,7 @@ class Response:
         try:
             self._finish()
         except AnyAgentError as exc:
-            exc.partial = reply
+            exc.partial = exc.partial or reply  # that of the first one, if there was one before
             raise
         return reply
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+from itertools import zip_longest
 from typing import Any, Final, cast
 
 import anyio
@@ -14,17 +17,48 @@ from . import READ_SIZE
 __all__ = ["TCPStream", "connect_tcp"]
 
 _ATTEMPT_DELAY: Final = 0.25  # RFC 8305, section 8
+_NUMERIC: Final = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 _SMALLEST_READ_SIZE: Final = 64 * 1024
 
 
 async def connect_tcp(host: str, port: int) -> TCPStream:
     """Connect to whichever address of `host` answers first (RFC 8305). Raises `OSError`."""
     loop = asyncio.get_running_loop()
-    options: dict[str, Any] = {}
-    if isinstance(loop, asyncio.BaseEventLoop):  # uvloop has no such option: one address after the other
-        options["happy_eyeballs_delay"] = _ATTEMPT_DELAY
-    _, stream = await loop.create_connection(TCPStream, host, port, **options)
-    return stream
+    # asyncio's own race forgets a socket if it is cancelled right after it connected; uvloop has none.
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    connected: list[TCPStream] = []
+    failures: list[OSError] = []
+
+    async def attempt(address: str, failed: anyio.Event) -> None:
+        try:
+            _, stream = await loop.create_connection(TCPStream, address, port)
+        except OSError as exc:
+            failures.append(exc)
+            failed.set()
+        else:
+            connected.append(stream)
+            attempts.cancel_scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as attempts:
+            for *_, address in _alternating(found):
+                failed = anyio.Event()
+                attempts.start_soon(attempt, socket.getnameinfo(address, _NUMERIC)[0], failed)
+                with anyio.move_on_after(_ATTEMPT_DELAY):
+                    await failed.wait()
+        if not connected:
+            raise failures[-1]
+        return connected.pop(0)
+    finally:
+        for stream in connected:
+            stream.abort()
+
+
+def _alternating(found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Addresses of both families in turns, the first one's first (RFC 8305, section 4)."""
+    first = [info for info in found if info[0] == found[0][0]]
+    others = [info for info in found if info[0] != found[0][0]]
+    return [info for pair in zip_longest(first, others) for info in pair if info]
 
 
 class TCPStream(ByteStream, asyncio.BufferedProtocol):
@@ -37,8 +71,7 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self._buffer = bytearray(_SMALLEST_READ_SIZE)
-        self._arrived: list[bytes] = []
-        self._size = 0
+        self._arrived: bytes | bytearray = b""  # a bytearray from the second read on, without a receive
         self._reading = True
         self._ended = False
         self._closed = False
@@ -48,6 +81,8 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
         self._writable.set()
 
     async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
+        if self._arrival is not None:
+            raise anyio.BusyResourceError("receiving from")
         if self._arrived or self._ended:
             await anyio.lowlevel.checkpoint()
         else:
@@ -56,14 +91,13 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
                 await self._arrival
             finally:
                 self._arrival = None
-        data = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
-        self._arrived = [data[max_bytes:]] if len(data) > max_bytes else []
-        data = data[:max_bytes]
-        self._size -= len(data)
+        data, self._arrived = bytes(self._arrived), b""
+        if len(data) > max_bytes:
+            data, self._arrived = data[:max_bytes], data[max_bytes:]
         if not data:
             self._raise_if_unusable()
             raise anyio.EndOfStream
-        if not self._reading and not self._ended:
+        if not self._reading and len(self._arrived) < READ_SIZE and not self._ended:
             self._reading = True
             self._transport.resume_reading()
         return data
@@ -77,11 +111,16 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
             self._raise_if_unusable()
 
     async def send_eof(self) -> None:
-        self._transport.write_eof()
+        with contextlib.suppress(OSError):  # the connection is gone
+            self._transport.write_eof()
 
-    async def aclose(self) -> None:
+    def abort(self) -> None:
+        """Close at once."""
         self._closed = True
         self._transport.abort()
+
+    async def aclose(self) -> None:
+        self.abort()
         await anyio.lowlevel.checkpoint()
 
     def _raise_if_unusable(self) -> None:
@@ -104,11 +143,17 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._arrived.append(bytes(memoryview(self._buffer)[:nbytes]))
-        self._size += nbytes
+        read = memoryview(self._buffer)[:nbytes]
+        if not self._arrived:
+            self._arrived = bytes(read)
+        else:
+            self._arrived = (
+                self._arrived if isinstance(self._arrived, bytearray) else bytearray(self._arrived)
+            )
+            self._arrived += read
         if nbytes == len(self._buffer) < READ_SIZE:
             self._buffer = bytearray(4 * nbytes)
-        if self._size >= READ_SIZE:
+        if len(self._arrived) >= READ_SIZE:
             self._reading = False
             self._transport.pause_reading()
         self._wake_receiver()
