@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-import matplotlib as mpl
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
+from ._style import GREY, STYLES, Style, logarithmic, mixed, plain, settings
 from .clients import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from matplotlib.axes import Axes
-    from matplotlib.axis import XAxis, YAxis
 
     from .results import Results, Row
 
@@ -31,36 +27,6 @@ _Key: TypeAlias = tuple[str, str]  # scenario and variant
 _FLOOR: Final = "floor"
 _ONE_BY_ONE: Final = "aiohttp + pydantic: the class that anyagent replaces, one request after the other"
 _WIDTH: Final = 8.0  # inches: 1,600 pixels, crisp where a README shows it 800 wide
-_GREY: Final = "#5c5c5c"
-
-
-@dataclass(frozen=True)
-class _Style:
-    color: str
-    marker: str
-    dashes: str | tuple[float, tuple[float, ...]] = "-"
-    ours: bool = False
-
-    @property
-    def shown(self) -> str:
-        """The colour, muted for the peers. Not by transparency, which would show what is behind."""
-        return self.color if self.ours else _mixed(self.color, "white", 0.45)
-
-
-# Okabe and Ito's palette, which the colour-blind can tell apart; a library on uvloop is dashed.
-_STYLES: Final = {
-    "anyagent-asyncio": _Style("#0072B2", "o", ours=True),
-    "anyagent-uvloop": _Style("#56B4E9", "D", (0, (4, 1.2)), ours=True),
-    "anyagent-trio": _Style("#D55E00", "s", ours=True),
-    "replaced": _Style("#666666", "X", (0, (1, 1.2))),
-    "aiohttp": _Style("#009E73", "^"),
-    "aiohttp-uvloop": _Style("#009E73", "v", (0, (4, 1.6))),
-    "websockets": _Style("#E69F00", "P"),
-    "picows": _Style("#CC79A7", "<"),
-    "picows-uvloop": _Style("#CC79A7", ">", (0, (4, 1.6))),
-    "httpx-ws": _Style("#000000", "*", (0, (5, 1, 1, 1))),
-    "trio-websocket": _Style("#000000", "d"),
-}
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
@@ -72,7 +38,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
         "size": _size,
         "latency": _latency,
     }
-    with _settings():
+    with settings():
         for name, make in figures.items():
             figure = make(results)
             if figure is None:
@@ -82,29 +48,6 @@ def draw(results: Results, directory: Path) -> list[Path]:
                 figure.savefig(path, metadata=metadata, facecolor="white")
                 written.append(path)
     return written
-
-
-def _settings() -> AbstractContextManager[None]:
-    return mpl.rc_context(
-        {
-            "svg.hashsalt": "anyagent",
-            "savefig.dpi": 200,
-            "font.family": "DejaVu Sans",  # comes with matplotlib
-            "font.size": 9.5,
-            "axes.titlesize": 10,
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "#8c8c8c",
-            "axes.axisbelow": True,
-            "grid.color": "#e4e4e4",
-            "grid.linewidth": 0.8,
-            "xtick.color": _GREY,
-            "ytick.color": _GREY,
-            "xtick.labelcolor": "#222222",
-            "ytick.labelcolor": "#222222",
-        }
-    )
 
 
 def _cost(results: Results) -> Figure | None:
@@ -121,7 +64,7 @@ def _cost(results: Results) -> Figure | None:
     values = [value for row in rows if row is not None for value in row.values]
     for key, ax in axes.items():
         if max(values) > 8 * min(values):
-            _logarithmic(ax, _below(min(values)), max(values), 0.34)
+            logarithmic(ax, _below(min(values)), max(values), 0.34)
         else:
             ax.set_xlim(0, max(values) * 1.3)
         for position, name in enumerate(clients):
@@ -135,7 +78,7 @@ def _cost(results: Results) -> Figure | None:
 
 
 def _bar(ax: Axes, position: int, name: str, results: Results, key: _Key) -> None:
-    style = _STYLES[name]
+    style = STYLES[name]
     row = results.row(*key, name)
     if row is None:
         _absent(ax, position, name, results, key)
@@ -212,7 +155,7 @@ def _curves(
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticklabels(ticks)
         ax.set_xlabel(x_label)
-        _plain(ax.yaxis, (1, 2, 5))
+        plain(ax.yaxis, (1, 2, 5))
         ends: list[tuple[str, float, float]] = []
         for name in [*reversed(NAMES), _FLOOR]:
             rows = {x: results.row(scenario, variant, name) for x, variant in variants.items()}
@@ -226,7 +169,7 @@ def _curves(
 
 
 def _line(ax: Axes, name: str, points: Sequence[tuple[float, float]]) -> None:
-    style = _STYLES.get(name)
+    style = STYLES.get(name)
     xs, ys = zip(*points, strict=True)
     if style is None:
         ax.plot(xs, ys, color="#000000", linewidth=1, linestyle=(0, (3, 2)))
@@ -251,7 +194,7 @@ def _label_ends(ax: Axes, results: Results, ends: list[tuple[str, float, float]]
     ends.sort(key=lambda end: end[2])
     wanted = [(math.log(y) - low) / (high - low) for _, _, y in ends]
     for (name, x, y), place in zip(ends, _apart(wanted, 0.047), strict=True):
-        style = _STYLES.get(name, _Style("#000000", ""))
+        style = STYLES.get(name, Style("#000000", ""))
         ax.annotate(
             _label(results, name),
             (x, y),
@@ -260,7 +203,7 @@ def _label_ends(ax: Axes, results: Results, ends: list[tuple[str, float, float]]
             va="center",
             size=8.5,
             weight="bold" if style.ours else "normal",
-            color=_mixed(style.color, "black", 0.25) if style.ours else "#222222",
+            color=mixed(style.color, "black", 0.25) if style.ours else "#222222",
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
@@ -296,7 +239,7 @@ def _latency(results: Results) -> Figure | None:
     figure, axes, clients = chart
     for key, ax in axes.items():
         rows = [row for name in clients if (row := results.row(*key, name)) is not None]
-        _logarithmic(ax, min(row.median for row in rows) / 1.15, max(map(_p99, rows)), 0.6)
+        logarithmic(ax, min(row.median for row in rows) / 1.15, max(map(_p99, rows)), 0.6)
         for position, name in enumerate(clients):
             _dumbbell(ax, position, name, results, key)
     _note(figure, "filled: half of the chunks are faster (p50); hollow: 99 % are (p99)")
@@ -304,7 +247,7 @@ def _latency(results: Results) -> Figure | None:
 
 
 def _dumbbell(ax: Axes, position: int, name: str, results: Results, key: _Key) -> None:
-    style = _STYLES[name]
+    style = STYLES[name]
     row = results.row(*key, name)
     if row is None:
         _absent(ax, position, name, results, key)
@@ -327,7 +270,7 @@ def _dumbbell(ax: Axes, position: int, name: str, results: Results, key: _Key) -
 def _absent(ax: Axes, position: int, name: str, results: Results, key: _Key) -> None:
     reasons = {row.key: row.not_applicable for row in results.rows}
     reason = "not applicable" if reasons.get((*key, name)) else "no result"
-    ax.text(ax.get_xlim()[0], position, f" {reason}", va="center", color=_GREY, size=8)
+    ax.text(ax.get_xlim()[0], position, f" {reason}", va="center", color=GREY, size=8)
 
 
 def _p99(row: Row) -> float:
@@ -351,7 +294,7 @@ def _by_client(
         ax.set_ylim(len(clients) - 0.4, -0.6)
     axes[0].set_yticks(range(len(clients)), [_label(results, name) for name in clients])
     for name, label in zip(clients, axes[0].get_yticklabels(), strict=True):
-        label.set_fontweight("bold" if _STYLES[name].ours else "normal")
+        label.set_fontweight("bold" if STYLES[name].ours else "normal")
     return figure, dict(zip(measured.values(), axes, strict=True)), clients
 
 
@@ -369,30 +312,7 @@ def _figure(results: Results, title: str, height: float, panels: int) -> tuple[F
 
 def _note(figure: Figure, text: str, *, right: bool = False) -> None:
     x, ha = (0.988, "right") if right else (0.012, "left")
-    figure.text(x, 0.012, text, ha=ha, va="bottom", size=8.5, color=_GREY)
-
-
-def _logarithmic(ax: Axes, low: float, high: float, room: float) -> None:
-    """The x axis from `low` to `high`, and for numbers behind the marks `room` of that more."""
-    ax.set_xscale("log")
-    ax.set_xlim(low, high * (high / low) ** room)
-    ax.set_xlabel("µs, logarithmic", size=8.5, color=_GREY)
-    decades = math.log10(high / low) * (1 + room)
-    _plain(ax.xaxis, (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.9 else (1,))
-
-
-def _plain(axis: XAxis | YAxis, labelled: tuple[float, ...]) -> None:
-    """Numbers as people write them; small ticks for those that are not `labelled`."""
-    axis.set_major_locator(LogLocator(subs=labelled))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.set_minor_locator(LogLocator(subs=range(2, 10)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _mixed(color: str, other: str, share: float) -> str:
-    pairs = zip(to_rgb(color), to_rgb(other), strict=True)
-    red, green, blue = ((1 - share) * ours + share * theirs for ours, theirs in pairs)
-    return to_hex((red, green, blue))
+    figure.text(x, 0.012, text, ha=ha, va="bottom", size=8.5, color=GREY)
 
 
 def _below(value: float) -> float:
