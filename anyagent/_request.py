@@ -76,7 +76,7 @@ class Request:
         """
         pending = self._pending
         total = self._size + size
-        if total > self._size_limit and self._size:
+        if total > self._size_limit and self._size and self._keeps(event):
             raise SlowConsumerError("response_bytes", self._size_limit)
         if self._collecting:
             if not isinstance(event, EventTextChunk):
@@ -103,13 +103,13 @@ class Request:
         self._join_tail(pending)
         return pending
 
-    def start_collecting(self) -> list[str]:
+    def start_collecting(self, unread: list[AgentEvent]) -> list[str]:
         """Keep nothing but text from now on; return the list to which the texts are added.
 
-        From then on the end alone is an `arrival`.
+        It begins with those in `unread`, which were taken before. From then on the end alone is an `arrival`.
         """
         self._collecting = True
-        waiting = self._pending + self._tail
+        waiting = [*unread, *self._pending, *self._tail]
         self._texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
         self._pending, self._tail = [], []
         self._size = sum(map(len, self._texts))
@@ -131,8 +131,10 @@ class Request:
 
     def discard(self) -> None:
         """Drop what waits: nobody will take it."""
-        self._pending = []
-        self._tail = []
+        self._pending, self._tail, self._texts = [], [], []
+
+    def _keeps(self, event: AgentEvent) -> bool:
+        return not self._collecting or isinstance(event, EventTextChunk)
 
     def _squeeze_in(self, event: AgentEvent) -> None:
         """Add an event beyond the limit, by joining chunks."""

@@ -10,7 +10,6 @@ import anyio
 import anyio.lowlevel
 
 from .errors import AnyAgentError
-from .om import EventTextChunk
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -164,12 +163,11 @@ class Response:
         Raises what iterating raises, with the `Reply` so far as its `partial`. Cancelled: so is the request.
         """
         self._raise_if_waiting()
-        unread = reversed(self._batch + self._ready)
-        texts = [event.text for event in unread if isinstance(event, EventTextChunk)]
+        unread = (self._batch + self._ready)[::-1]
         self._batch, self._ready = [], []
-        rest = [] if self._closed else self._request.start_collecting()
+        texts = [] if self._closed else self._request.start_collecting(unread)
         await self._arrival()
-        reply = Reply("".join(texts + rest), self.tokens_used)
+        reply = Reply("".join(texts), self.tokens_used)
         try:
             self._finish()
         except AnyAgentError as exc:

@@ -118,7 +118,7 @@ class Session:
         self._run_soon = run_soon
         self._new_waker = new_waker
         self._lanes = Lanes(dialect.lanes, self._in_flight_limit(status))
-        self._requests: dict[str | None, Request] = {}  # None: where a message that names no lane looks
+        self._requests: dict[str | None, Request] = {}  # never under None, which `lane_of` may say
         self._tombstones: OrderedDict[str, None] = OrderedDict()
         self._abandoned: deque[Request] = deque()
         self._wake_reaper = anyio.Event()
@@ -311,6 +311,8 @@ class Session:
         delivered = 0
         try:
             for data in batch:
+                if self._failure is not None:
+                    break
                 try:
                     message = decode(data)
                 except ProtocolError as exc:
@@ -330,8 +332,6 @@ class Session:
                         self._route(message)
                     else:
                         self._notice(message)
-                if self._failure is not None:
-                    break
         finally:
             self.stats.events += delivered
 

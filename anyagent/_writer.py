@@ -24,6 +24,9 @@ class Outgoing(msgspec.Struct, eq=False):
     request: Request | None = None
     taken: anyio.Event | None = None
 
+    def __repr__(self) -> str:
+        return "<Outgoing>"  # without the prompt
+
 
 class Writer:
     """Callers only queue, so a cancelled caller cannot cut a frame in two (only the task in `run` writes).

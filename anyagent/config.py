@@ -26,8 +26,9 @@ class Limits:
       allows fewer, its own limit holds. Further requests wait their turn, first come, first served.
     * `message_size` (bytes, default 16 MiB): the largest message that is accepted. A larger one fails the
       connection with close code 1009 (RFC 6455, section 7.4.1).
-    * `response_events` (events, default 4,096): how many events of one response may wait to be read, behind
-      the batch that is being read. Adjacent text chunks are joined before this limit counts; no text is lost.
+    * `response_events` (events, default 65,536, more than come with one read): how many events of one
+      response may wait to be read, behind the batch that is being read. Adjacent text chunks are joined
+      before this limit counts; no text is lost.
     * `response_bytes` (bytes of JSON, default 16 MiB): the same, in bytes as received. With `ask` and
       `collect`, which are woken at the end only, it bounds the whole answer.
 
@@ -36,7 +37,7 @@ class Limits:
 
     in_flight: int = 1_000
     message_size: int = 16 * 2**20
-    response_events: int = 4_096
+    response_events: int = 65_536
     response_bytes: int = 16 * 2**20
 
     def __post_init__(self) -> None:

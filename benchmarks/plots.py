@@ -302,8 +302,9 @@ def _figure(results: Results, title: str, height: float, panels: int) -> tuple[F
     layout = ConstrainedLayoutEngine(rect=(0.006, 0.44 / height, 0.988, 1 - 0.85 / height), w_pad=0.05)
     figure = Figure(figsize=(_WIDTH, height), layout=layout)
     figure.suptitle(title, x=0.012, y=1 - 0.09 / height, ha="left", va="top", size=11.5, weight="bold")
-    repetitions = max((len(row.values) for row in results.rows), default=0)
-    runs = "one run" if repetitions == 1 else f"medians of {repetitions} runs"
+    repetitions = sorted({len(row.values) for row in results.rows if row.values})
+    counts = " or ".join(map(str, repetitions))
+    runs = "one run" if repetitions == [1] else f"medians of {counts} runs"
     python = results.machine.get("python", "")
     _note(figure, f"{runs}, {python}" if python else runs, right=True)
     axes = figure.subplots(1, panels, squeeze=False)[0]

@@ -15,7 +15,7 @@ from anyagent import Heartbeat, Limits, Timeouts
 from .properties import REPEATABLE
 
 DEFAULTS: dict[type[Any], dict[str, float]] = {
-    Limits: {"in_flight": 1_000, "message_size": 2**24, "response_events": 4_096, "response_bytes": 2**24},
+    Limits: {"in_flight": 1_000, "message_size": 2**24, "response_events": 65_536, "response_bytes": 2**24},
     Timeouts: {"connect": 10, "close": 5, "drain": 30},
     Heartbeat: {"interval": 20, "timeout": 20},
 }

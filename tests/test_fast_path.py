@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from anyagent import OM, _transports, open_agent
@@ -101,6 +102,36 @@ async def test_asking_wakes_its_caller_once(wakers: list[CountingWaker]) -> None
             await deliver(peer, (await peer.receive()).id, 10)
         _, waker = wakers
         assert waker.woken == 1
+
+
+async def test_whatever_comes_with_one_read_finds_room() -> None:
+    async with memory_agent() as (agent, peer):
+        response = await agent.send_message("hello")
+        request_id = (await peer.receive()).id
+        # What cannot be joined, in frames of 53 bytes on average: as many as there are in 1 MiB.
+        pair = (OM.EventTextChunk("x", id=request_id), OM.EventReasoningChunk("y", id=request_id))
+        peer.send(*10_000 * pair, OM.EventEnd(1, id=request_id))
+        assert len([event async for event in response]) == 20_000
+
+
+async def test_nothing_that_arrives_after_the_block_was_left_is_processed() -> None:
+    notices: list[OM.ServerMessage] = []
+    peers: list[MemoryPeer] = []
+
+    async def send_late() -> None:
+        (peer,) = peers
+        while peer.close_code is None:
+            await anyio.lowlevel.checkpoint()
+        peer.send(OM.Status("late"), OM.Status("later"))
+        peer.send(OM.Status("too late"))
+        peer.close()
+
+    async with anyio.create_task_group() as tasks, memory_agent(on_notice=notices.append) as (agent, peer):
+        peer.answers_close = False
+        peers.append(peer)
+        tasks.start_soon(send_late)
+    assert notices == []
+    assert agent.status == OM.Status("ready", ("ids", "cancel"))
 
 
 async def test_prompts_that_are_ready_together_are_given_to_the_transport_together(

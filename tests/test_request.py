@@ -187,7 +187,7 @@ async def test_a_consumer_that_collects_is_given_all_texts_and_wakes_at_the_end_
     collected: list[str] = []
 
     async def collect() -> None:
-        texts = request.start_collecting()
+        texts = request.start_collecting([])
         await request.arrival()
         collected.extend(texts)
 
@@ -199,6 +199,18 @@ async def test_a_consumer_that_collects_is_given_all_texts_and_wakes_at_the_end_
         assert collected == []
         request.settle(OM.EventEnd(1), 0)
     assert "".join(collected) == "acdegi"
+
+
+@pytest.mark.anyio
+async def test_what_is_not_kept_does_not_count_however_large_it_is() -> None:
+    request = new_request(Limits(response_bytes=100))
+    texts = request.start_collecting([text("read before")])
+    request.push(reasoning("a"), 1_000)
+    request.push(text("b"), 89)
+    request.push(tool("c"), 1_000)
+    with pytest.raises(SlowConsumerError):
+        request.push(text("d"), 1)
+    assert texts == ["read before", "b"]
 
 
 @pytest.mark.anyio
@@ -216,7 +228,7 @@ async def test_what_is_collected_is_bounded_in_bytes_and_not_in_events() -> None
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(push)
-        texts = request.start_collecting()
+        texts = request.start_collecting([])
         await request.arrival()
         assert "".join(texts) == 100 * "a"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import socket
@@ -605,3 +606,12 @@ async def test_of_two_attempts_that_succeed_at_once_one_is_kept_and_the_other_cl
         for _ in made:
             listener.accept()[0].close()
         await until(lambda: sockets() <= before)
+
+
+async def test_a_failed_connect_leaves_no_reference_cycle() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _, port = listener.getsockname()
+    with no_garbage_collection():
+        with contextlib.suppress(ConnectionRefusedError):
+            await connect_tcp("127.0.0.1", port)
+        await until(lambda: not any(type(each) is ConnectionRefusedError for each in gc.get_objects()))

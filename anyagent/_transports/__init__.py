@@ -50,8 +50,8 @@ LOST_CONNECTION: Final = (
 )
 """What a stream raises when it is of no more use.
 
-With TLS, writing raises `anyio.EndOfStream`, too; and where the peer makes reading write (a key update), or
-writing read (a renegotiation), while the other direction is busy, `anyio.BusyResourceError`.
+With TLS, writing raises `anyio.EndOfStream`, too; and where the peer makes writing read (a renegotiation) or,
+on Trio, reading write (a key update), while the other direction is busy, `anyio.BusyResourceError`.
 """
 
 READ_SIZE: Final = 1024 * 1024

@@ -59,7 +59,8 @@ async def open_transport(
     """Do the WebSocket handshake over `stream`; the caller closes `stream` if that fails."""
     path, _, query = target.resource.partition("?")
     uri = WebSocketURI(target.ssl_context is not None, target.host, target.port, path, query, None, None)
-    # The splitter sees to the size of messages; this bounds what is kept of a frame that breaks the protocol.
+    # The splitter sees to the size of messages; this bounds what is kept of a frame that breaks the protocol,
+    # and lets control frames through in any case.
     protocol = ClientProtocol(uri, max_size=max(message_size, 125), logger=_silent)
     request = protocol.connect()
     for name, value in target.headers:
@@ -202,7 +203,7 @@ def thread_scheduler() -> Callable[[Callable[[], object]], None]:
 
 
 class _Waker:
-    """Holds a future only while a task waits: `asyncio.Event` has a queue, too, for any number of waiters."""
+    """Parks a task on a future: `asyncio.Event` has a queue, too, for any number of waiters."""
 
     __slots__ = ("_future",)
 

@@ -86,7 +86,7 @@ class FrameSplitter:
             end = self._follow(data, position)
             passed.append(data[position:end])
             position = end
-        if position < len(data):
+        if position < len(data) and not self.exceeded:
             self._held += data[position:]
         return texts, b"".join(passed)
 

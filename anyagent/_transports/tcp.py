@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from itertools import zip_longest
 from typing import Any, Final, cast
@@ -50,6 +49,7 @@ async def connect_tcp(host: str, port: int) -> TCPStream:
             raise failures[-1]
         return connected.pop(0)
     finally:
+        failures.clear()  # an exception must not refer to a frame that refers to it
         for stream in connected:
             stream.abort()
 
@@ -62,44 +62,52 @@ def _alternating(found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 class TCPStream(ByteStream, asyncio.BufferedProtocol):
-    """A byte stream that is its own asyncio protocol; one task receives and one sends.
+    """A byte stream that is its own asyncio protocol; one task receives.
 
-    Up to `READ_SIZE` bytes are read ahead, so that what arrives while the receiver is busy comes as one.
+    It reads ahead until it holds `READ_SIZE` bytes, so that what arrives while the receiver is busy comes as
+    one; less than twice as much is held.
     """
 
     _transport: asyncio.Transport
 
     def __init__(self) -> None:
         self._buffer = bytearray(_SMALLEST_READ_SIZE)
-        self._arrived: bytes | bytearray = b""  # a bytearray from the second read on, without a receive
+        self._arrived: bytes | bytearray = b""
         self._reading = True
         self._ended = False
         self._closed = False
         self._failure: Exception | None = None
+        self._receiving = anyio.ResourceGuard("receiving from")
         self._arrival: asyncio.Future[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
 
-    async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
-        if self._arrival is not None:
-            raise anyio.BusyResourceError("receiving from")
-        if self._arrived or self._ended:
-            await anyio.lowlevel.checkpoint()
-        else:
-            self._arrival = asyncio.get_running_loop().create_future()
-            try:
-                await self._arrival
-            finally:
-                self._arrival = None
-        data, self._arrived = bytes(self._arrived), b""
-        if len(data) > max_bytes:
-            data, self._arrived = data[:max_bytes], data[max_bytes:]
+    async def receive(self, max_bytes: int = 64 * 1024) -> bytes:
+        with self._receiving:
+            if self._arrived or self._ended:
+                await anyio.lowlevel.checkpoint()
+            else:
+                self._arrival = asyncio.get_running_loop().create_future()
+                try:
+                    await self._arrival
+                finally:
+                    self._arrival = None
+        data = self._take(max_bytes)
         if not data:
             self._raise_if_unusable()
             raise anyio.EndOfStream
         if not self._reading and len(self._arrived) < READ_SIZE and not self._ended:
             self._reading = True
             self._transport.resume_reading()
+        return data
+
+    def _take(self, max_bytes: int) -> bytes:
+        if len(self._arrived) <= max_bytes:
+            data, self._arrived = bytes(self._arrived), b""
+        else:
+            rest = bytearray(self._arrived) if isinstance(self._arrived, bytes) else self._arrived
+            data, self._arrived = bytes(rest[:max_bytes]), rest
+            del rest[:max_bytes]
         return data
 
     async def send(self, item: bytes) -> None:
@@ -111,8 +119,7 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
             self._raise_if_unusable()
 
     async def send_eof(self) -> None:
-        with contextlib.suppress(OSError):  # the connection is gone
-            self._transport.write_eof()
+        self._transport.write_eof()
 
     def abort(self) -> None:
         """Close at once."""
@@ -165,7 +172,7 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended = True
-        self._failure = exc
+        self._failure = exc or ConnectionAbortedError()
         self._writable.set()
         self._wake_receiver()
 
