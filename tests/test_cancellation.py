@@ -448,3 +448,7 @@ async def test_withdrawing_a_message_that_the_writer_no_longer_holds_changes_not
         await writer.flushed()
         tasks.cancel_scope.cancel()
     peer.end()
+
+
+def test_what_waits_for_the_writer_does_not_show_the_prompt() -> None:
+    assert "secret" not in repr(Outgoing(b"secret"))

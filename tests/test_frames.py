@@ -356,3 +356,10 @@ def test_lengths_of_one_message_are_added_up_and_those_of_two_are_not() -> None:
         assert splitter.split(part) == ([], part)
     assert splitter.split(frame(PING, 50 * b"x") + frame(CONTINUATION, 5 * b"x"))[1] == frame(PING, 50 * b"x")
     assert splitter.exceeded
+
+
+def test_nothing_behind_a_message_that_is_too_large_is_taken_or_passed_on() -> None:
+    splitter = FrameSplitter(5)
+    assert splitter.split(text(b"12345") + text(b"123456") + frame(PING)) == ([b"12345"], b"")
+    assert splitter.exceeded
+    assert splitter.split(text(b"1") + frame(PING)) == ([], b"")
