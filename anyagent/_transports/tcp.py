@@ -154,9 +154,8 @@ class TCPStream(ByteStream, asyncio.BufferedProtocol):
         if not self._arrived:
             self._arrived = bytes(read)
         else:
-            self._arrived = (
-                self._arrived if isinstance(self._arrived, bytearray) else bytearray(self._arrived)
-            )
+            if isinstance(self._arrived, bytes):
+                self._arrived = bytearray(self._arrived)
             self._arrived += read
         if nbytes == len(self._buffer) < READ_SIZE:
             self._buffer = bytearray(4 * nbytes)
