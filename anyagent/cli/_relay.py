@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import queue
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -46,8 +46,8 @@ def relay(
 
     running = portal.start_task_soon(run)
     try:
-        with signals.raised():
-            while events := _result(portal.start_task_soon(_take, receive)):
+        while events := _result(portal.start_task_soon(_take, receive), signals):
+            with signals.raised():
                 for event in events:
                     show(event)
         running.result()
@@ -79,13 +79,18 @@ async def send_answer(
         await send.send(response.end)
 
 
-def _result(future: Future[list[om.AgentEvent]]) -> list[om.AgentEvent]:
-    """Wait for the result of `future`.
+def _result(future: Future[list[om.AgentEvent]], signals: Signals) -> list[om.AgentEvent]:
+    """Wait for the result of `future`, or for what a signal raises.
 
-    A signal interrupts a wait, but not if it arrives in the moment before; so no wait is without an end.
+    A signal that raised while `future` is at work with its locks would leave them locked for ever, so the
+    wait is for a queue, which has none to leave. A signal interrupts that, but not if it arrives in the
+    moment before; so no wait is without an end.
     """
-    while not concurrent.futures.wait([future], SIGNAL_POLL).done:
-        pass
+    done: queue.SimpleQueue[object] = queue.SimpleQueue()
+    future.add_done_callback(done.put)
+    while not future.done():
+        with signals.raised(), contextlib.suppress(queue.Empty):
+            done.get(timeout=SIGNAL_POLL)
     return future.result()
 
 
