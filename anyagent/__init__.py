@@ -4,10 +4,11 @@ from . import im as IM
 from . import om as OM
 from ._agent import Agent
 from ._open import open_agent
+from ._pool import open_pool
 from ._request import ResponseStats
 from ._response import Reply, Response
-from ._session import AgentStats
-from .config import Heartbeat, Limits, Timeouts
+from ._stats import AgentStats
+from .config import Backoff, Heartbeat, Limits, Timeouts
 from .errors import (
     AgentError,
     AnyAgentError,
@@ -24,6 +25,7 @@ __all__ = [
     "AgentError",
     "AgentStats",
     "AnyAgentError",
+    "Backoff",
     "ConnectError",
     "Disconnected",
     "Heartbeat",
@@ -35,4 +37,5 @@ __all__ = [
     "SlowConsumerError",
     "Timeouts",
     "open_agent",
+    "open_pool",
 ]

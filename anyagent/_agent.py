@@ -10,7 +10,8 @@ from . import im
 from ._response import Reply, Response
 
 if TYPE_CHECKING:
-    from ._session import AgentStats, Session
+    from ._stats import AgentStats
+    from ._supervisor import Supervisor
     from .om import Status
 
 __all__ = ["Agent"]
@@ -19,23 +20,23 @@ __all__ = ["Agent"]
 class Agent:
     """A connection to an agent, made by `open_agent`; any number of tasks may use it at once."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
 
     @property
     def status(self) -> Status:
         """The agent's newest ``OM.Status``."""
-        return self._session.status
+        return self._supervisor.status
 
     @property
     def in_flight(self) -> int:
         """How many requests hold a lane: sent and not ended, or left early and not drained."""
-        return self._session.in_flight
+        return self._supervisor.in_flight
 
     @property
     def stats(self) -> AgentStats:
         """The counters of this connection, as they are now."""
-        return dataclasses.replace(self._session.stats)
+        return dataclasses.replace(self._supervisor.stats)
 
     def __repr__(self) -> str:
         return f"<Agent {self.status.state!r}, {self.in_flight} in flight>"
@@ -60,7 +61,7 @@ class Agent:
         message = im.UserMessage(
             text=text, conversation=conversation, metadata=None if metadata is None else dict(metadata)
         )
-        return Response(self._session, await self._session.open_request(message))
+        return Response(self._supervisor, await self._supervisor.open_request(message))
 
     async def ask(
         self, text: str, *, conversation: str | None = None, metadata: Mapping[str, object] | None = None

@@ -10,11 +10,12 @@ import anyio
 
 from . import _transports, om
 from ._agent import Agent
-from ._session import Session
+from ._establish import establish
+from ._supervisor import Supervisor
 from ._target import Target
 from .config import Heartbeat, Limits, Timeouts
-from .dialects import NATIVE, Dialect, by_name, for_agent
-from .errors import AnyAgentError, ConnectError, ProtocolError
+from .dialects import by_name
+from .errors import AnyAgentError
 
 if TYPE_CHECKING:
     import ssl
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from ._establish import Connect, Established
     from ._target import HeadersLike
     from ._transports import Transport
+    from .config import Backoff
+    from .dialects import Dialect
 
-    Connect: TypeAlias = Callable[[TaskGroup], Awaitable[Transport]]
     OnNotice: TypeAlias = Callable[[om.ServerMessage], object]
+    OnReconnect: TypeAlias = Callable[[AnyAgentError | None], Awaitable[HeadersLike | None]]
+    Renew: TypeAlias = Callable[[AnyAgentError | None], Awaitable[None]]
 
-__all__ = ["open_agent", "run_agent"]
+__all__ = ["Endpoint", "open_agent", "run_agent"]
 
 
 @asynccontextmanager
@@ -41,6 +46,8 @@ async def open_agent(
     limits: Limits = Limits(),  # noqa: B008 - immutable
     timeouts: Timeouts = Timeouts(),  # noqa: B008
     heartbeat: Heartbeat | None = Heartbeat(),  # noqa: B008
+    reconnect: Backoff | None = None,
+    on_reconnect: OnReconnect | None = None,
     on_notice: OnNotice | None = None,
 ) -> AsyncIterator[Agent]:
     """Connect to the agent at `url`; an async context manager that gives an `Agent`.
@@ -50,6 +57,11 @@ async def open_agent(
     * `headers`: a mapping or pairs, sent with the handshake.
     * `ssl_context`: for ``wss://``; by default `ssl.create_default_context`, which verifies.
     * `limits`, `timeouts`, `heartbeat`: see `Limits`, `Timeouts`, `Heartbeat`; ``heartbeat=None`` sends none.
+    * `reconnect`: with a `Backoff`, a lost connection is replaced; by default it is not.
+    * `on_reconnect`: an async function that is awaited before each further connection is opened, within
+      ``timeouts.connect``. It is given the error that made it necessary, and returns new headers (a fresh
+      token) in place of the present ones, or ``None``. A `ConnectError` or `TimeoutError` in it is a failed
+      attempt, any other exception ends the block, and comes out of it as itself.
     * `on_notice`: called, in order, with every message behind the first status that belongs to no request.
       It runs on the receiver, so it must not block. An exception in it ends the block, and comes out of it
       as itself.
@@ -64,113 +76,127 @@ async def open_agent(
     `ExceptionGroup`.
 
     A lost connection does not end the block: it fails the requests in flight, and later ones, with
-    `Disconnected`.
+    `Disconnected`. With `reconnect`, requests whose message was not yet begun to be written, and later ones,
+    wait for the next connection instead, as long as their callers let them. A message whose writing has begun
+    is never sent a second time: its request fails with `Disconnected`, whose `phase` tells how far it came.
+    After an ``OM.GracefulDisconnect`` new requests go to another connection at once.
     """
-    target = Target.parse(url, headers, ssl_context)
-    if isinstance(dialect, str):
-        dialect = by_name(dialect)
-
-    async def connect(task_group: TaskGroup) -> Transport:
-        return await _transports.connect(target, limits.message_size, task_group)
-
+    endpoint = Endpoint(url, headers, ssl_context, limits.message_size, on_reconnect)
     async with run_agent(
-        connect, dialect=dialect, limits=limits, timeouts=timeouts, heartbeat=heartbeat, on_notice=on_notice
+        endpoint.connect,
+        dialect=dialect,
+        limits=limits,
+        timeouts=timeouts,
+        heartbeat=heartbeat,
+        reconnect=reconnect,
+        renew=endpoint.renew,
+        on_notice=on_notice,
+        address=endpoint.address,
     ) as agent:
         yield agent
+
+
+class Endpoint:
+    """Where an agent is, and with which headers to connect to it. Raises `ValueError`."""
+
+    def __init__(
+        self,
+        url: str,
+        headers: HeadersLike | None,
+        ssl_context: ssl.SSLContext | None,
+        message_size: int,
+        on_reconnect: OnReconnect | None,
+    ) -> None:
+        self._url = url
+        self._target = Target.parse(url, headers, ssl_context)
+        self._message_size = message_size
+        self._on_reconnect = on_reconnect
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._target.host, self._target.port
+
+    async def connect(self, task_group: TaskGroup) -> Transport:
+        return await _transports.connect(self._target, self._message_size, task_group)
+
+    async def renew(self, cause: AnyAgentError | None) -> None:
+        """Let the application renew the headers."""
+        if self._on_reconnect is not None:
+            headers = await self._on_reconnect(cause)
+            if headers is not None:
+                self._target = Target.parse(self._url, headers, self._target.ssl_context)
+
+
+async def _renew_nothing(cause: AnyAgentError | None) -> None:
+    return
 
 
 @asynccontextmanager
 async def run_agent(
     connect: Connect,
     *,
-    dialect: Dialect | None,
+    dialect: Dialect | str | None,
     limits: Limits,
     timeouts: Timeouts,
     heartbeat: Heartbeat | None,
+    reconnect: Backoff | None = None,
+    renew: Renew = _renew_nothing,
     on_notice: OnNotice | None,
+    address: tuple[str, int] = ("memory", 0),
+    connections: int = 1,
+    max_age: float | None = None,
 ) -> AsyncIterator[Agent]:
-    """`open_agent` over whatever transport `connect` makes."""
+    """`open_agent` and `open_pool` over whatever transports `connect` makes."""
     if inspect.iscoroutinefunction(on_notice):
         raise TypeError("on_notice must be a plain function: it is called on the receiver, not awaited")
-    session: Session | None = None
+    chosen = by_name(dialect) if isinstance(dialect, str) else dialect
+
+    async def establish_again(task_group: TaskGroup, cause: AnyAgentError | None) -> Established:
+        async def renew_and_connect(task_group: TaskGroup) -> Transport:
+            await renew(cause)
+            return await connect(task_group)
+
+        return await establish(renew_and_connect, task_group, chosen, timeouts)
+
+    supervisor: Supervisor | None = None
     outcome: BaseException | None = None
     crash: BaseException | None = None
     try:
         async with anyio.create_task_group() as task_group:
             # The block's exception must not pass through the task group, which would wrap it.
             try:
-                transport, chosen, status, backlog = await _establish(connect, task_group, dialect, timeouts)
-                session = Session(
-                    transport,
-                    chosen,
-                    status,
-                    backlog,
+                supervisor = Supervisor(
+                    establish_again,
+                    await establish(connect, task_group, chosen, timeouts),
+                    address=address,
                     limits=limits,
                     timeouts=timeouts,
                     heartbeat=heartbeat,
+                    backoff=reconnect,
+                    connections=connections,
+                    max_age=max_age,
                     on_notice=on_notice,
-                    run_soon=_transports.thread_scheduler(),
-                    new_waker=_transports.waker_factory(),
                 )
-                task_group.start_soon(session.run)
-                await session.running()
+                task_group.start_soon(supervisor.run)
+                await supervisor.started()
                 with anyio.CancelScope() as block:
-                    session.on_crash = block.cancel
-                    yield Agent(session)
+                    supervisor.on_crash = block.cancel
+                    yield Agent(supervisor)
             except BaseException as exc:
                 outcome = exc
-            if session is not None:
-                await session.aclose()
+            if supervisor is not None:
+                await supervisor.aclose()
     except BaseException as exc:
         crash = _without_group(exc)
-    if session is not None and session.crash is not None:
-        crash = session.crash
+    if supervisor is not None and supervisor.crash is not None:
+        crash = supervisor.crash
     if crash is not None and _gives_way(outcome, crash):
         outcome = crash
     try:
         if outcome is not None:
             raise outcome
     finally:
-        del outcome, crash, session  # an exception must not refer to a frame that refers to it
-
-
-async def _establish(
-    connect: Connect, task_group: TaskGroup, dialect: Dialect | None, timeouts: Timeouts
-) -> tuple[Transport, Dialect, om.Status, list[bytes]]:
-    """Connect and wait for the first status; what came right behind it is returned, too."""
-    missing = "no connection"
-    try:
-        with anyio.fail_after(timeouts.connect):
-            transport = await connect(task_group)
-            missing = "no status from the agent"
-            async with _closed_on_error(transport):
-                batch: list[bytes] = []
-                while not batch:
-                    batch = await transport.receive()
-                    await transport.send([])  # pongs; there is no writer yet
-                first, *backlog = batch
-                status = (dialect or NATIVE).decode(first)
-                if not isinstance(status, om.Status):
-                    raise ConnectError(f"the agent sent {type(status).__name__} first, not its Status")
-                return transport, dialect or for_agent(status), status, backlog
-    except TimeoutError as exc:
-        raise ConnectError(f"{missing} within {timeouts.connect:g} s") from exc
-    except _transports.TransportClosed as exc:
-        raise ConnectError(f"the agent closed the connection before its first status: {exc}") from exc
-    except anyio.BrokenResourceError as exc:
-        raise ConnectError("the agent closed the connection before its first status") from exc
-    except ProtocolError as exc:
-        raise ConnectError(f"the agent's first message is no Status: {exc}") from exc
-
-
-@asynccontextmanager
-async def _closed_on_error(transport: Transport) -> AsyncIterator[None]:
-    try:
-        yield
-    except BaseException:
-        with anyio.CancelScope(shield=True):
-            await transport.aclose()
-        raise
+        del outcome, crash, supervisor  # an exception must not refer to a frame that refers to it
 
 
 def _gives_way(outcome: BaseException | None, crash: BaseException) -> bool:

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 import anyio.lowlevel
 
+from . import _observation
 from .errors import AgentError, SlowConsumerError
 from .om import Error, EventReasoningChunk, EventTextChunk
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
+    from . import im
+    from ._dispatcher import Connection
+    from ._observation import RequestOutcome
+    from ._stats import AgentStats
     from ._transports import Waker
     from ._writer import Outgoing
     from .config import Limits
@@ -40,18 +45,29 @@ class ResponseStats:
 
 
 class Request:
-    """One ``IM.UserMessage`` and everything that answers it.
+    """One `message` and everything that answers it.
+
+    It waits for a `connection`, and on that has a `lane`. As long as its message was not written, it may be
+    taken from there and wait again. It is `registered` once it has had a lane, `claimed` once its caller
+    knows of that.
 
     It is `settled` once its outcome is fixed. The agent may still be answering then, if its lane has to be
     drained; `drained` is set when it has ended. In between, from its first event on, it is `streaming`.
     `queued` are its messages that wait for the writer.
 
     Events wait here until the consumer takes them, all at once; it is woken when there is a first one. A
-    consumer that collects is woken at the end, and only the text is kept for it.
+    consumer that collects is woken at the end, and only the text is kept for it. `full`: events are held
+    beyond the limits, and `on_room` is called when they are taken.
     """
 
-    def __init__(self, lane: str, limits: Limits, waker: Waker) -> None:
-        self.lane = lane
+    def __init__(self, message: im.UserMessage, limits: Limits, totals: AgentStats, waker: Waker) -> None:
+        self.message: im.UserMessage | None = message  # until it is written
+        self.connection: Connection | None = None
+        self.lane = ""
+        self.registered = False
+        self.claimed = False
+        self.full = False
+        self.on_room: Callable[[Request], object] | None = None
         self.phase: Phase = "not_sent"
         self.stats = ResponseStats()
         self.end: EventEnd | None = None
@@ -67,7 +83,27 @@ class Request:
         self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
         self._collecting = False
         self._texts: list[str] = []
+        self._totals = totals
         self._waker = waker
+        self._ended: Callable[[RequestOutcome], object] | None = None
+        self._started = 0.0
+
+    def observe(self, ended: Callable[[RequestOutcome], object], now: float) -> None:
+        """Have `ended` called once, when the outcome is fixed."""
+        self._ended = ended
+        self._started = now
+
+    def assignment(self) -> Awaitable[None]:
+        """Wait for a connection, or the end; woken without one where it was taken away again."""
+        return self._waker.wait()
+
+    def assign(self, connection: Connection, lane: str) -> None:
+        """Give it a lane of `connection`."""
+        self.connection = connection
+        self.lane = lane
+        self.registered = True
+        if not self.claimed:
+            self._waker.wake()
 
     def push(self, event: AgentEvent, size: int) -> None:
         """Add an event that came in `size` bytes; wake the consumer if it waits for one.
@@ -90,6 +126,15 @@ class Request:
                 self._waker.wake()
         self._size = total
 
+    def hold(self, event: AgentEvent, size: int) -> bool:
+        """Add an event that `push` refused, beyond the limit; not where nobody takes any before the end."""
+        if self._collecting:
+            return False
+        self._pending.append(event)
+        self._size += size
+        self.full = True
+        return True
+
     def arrival(self) -> Awaitable[None]:
         """Wait until there is something to take, or nothing more to wait for; at a checkpoint in any case."""
         if self._pending or self.settled:
@@ -99,8 +144,10 @@ class Request:
     def take(self) -> list[AgentEvent]:
         """All events that have arrived."""
         pending, self._pending = self._pending, []
+        self._note_high_water(len(pending))
         self._size = 0
         self._join_tail(pending)
+        self._make_room()
         return pending
 
     def start_collecting(self, unread: list[AgentEvent]) -> list[str]:
@@ -113,6 +160,7 @@ class Request:
         self._texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
         self._pending, self._tail = [], []
         self._size = sum(map(len, self._texts))
+        self._make_room()
         return self._texts
 
     def settle(self, outcome: EventEnd | Exception | None, now: float) -> None:
@@ -127,11 +175,28 @@ class Request:
             self.error = outcome
         else:
             self.end = outcome
+        self._note_high_water(len(self._pending))
+        self._make_room()
+        if self._ended is not None:
+            self._ended(_observation.RequestOutcome(self.end, self.error, self._started, self.stats))
         self._waker.wake()
 
     def discard(self) -> None:
         """Drop what waits: nobody will take it."""
         self._pending, self._tail, self._texts = [], [], []
+
+    def _note_high_water(self, events: int) -> None:
+        totals = self._totals
+        if events > totals.buffered_events:
+            totals.buffered_events = events
+        if self._size > totals.buffered_bytes:
+            totals.buffered_bytes = self._size
+
+    def _make_room(self) -> None:
+        if self.full:
+            self.full = False
+            if self.on_room is not None:
+                self.on_room(self)
 
     def _keeps(self, event: AgentEvent) -> bool:
         return not self._collecting or isinstance(event, EventTextChunk)

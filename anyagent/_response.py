@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._request import Request, ResponseStats
-    from ._session import Session
+    from ._supervisor import Supervisor
     from .om import AgentEvent, EventEnd
 
 __all__ = ["Reply", "Response"]
@@ -52,8 +52,8 @@ class Response:
 
     _closed = True
 
-    def __init__(self, session: Session, request: Request) -> None:
-        self._session = session
+    def __init__(self, supervisor: Supervisor, request: Request) -> None:
+        self._supervisor = supervisor
         self._request = request
         self._batch: list[AgentEvent] = []  # the last one comes first
         self._ready: list[AgentEvent] = []  # likewise: what is yielded before the next checkpoint
@@ -181,15 +181,15 @@ class Response:
         Returns once the message is being written. Cancelled before that: it is not sent. Raises the
         request's error, or `anyio.ClosedResourceError`, if the request is over.
         """
-        await self._session.send_tool_result(self._request, call_id, output)
+        await self._supervisor.send_tool_result(self._request, call_id, output)
 
     def _close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._session.leave(self._request)
+            self._supervisor.leave(self._request)
             self._batch, self._ready = [], []
 
     def __del__(self) -> None:
         if not self._closed:
-            self._session.abandon(self._request)  # first: the warning may be an error
+            self._supervisor.abandon(self._request)  # first: the warning may be an error
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=1)

@@ -1,92 +1,72 @@
-"""The multiplexer: lanes, routing table, receiver task, writer task."""
+"""The multiplexer: one connection, its routing table, receiver task, writer task."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import anyio
 import msgspec
 
 from . import im, om
+from ._failure import LEFT, Failure
 from ._lanes import Lanes
-from ._request import Request, agent_error
+from ._log import logger
+from ._request import agent_error
 from ._transports import TransportClosed
 from ._writer import Outgoing, Writer
-from .errors import AnyAgentError, Disconnected, ProtocolError, SlowConsumerError
+from .errors import ProtocolError, SlowConsumerError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from anyio.abc import TaskGroup
 
+    from ._request import Request
+    from ._stats import AgentStats
     from ._transports import Transport, Waker
     from .config import Heartbeat, Limits, Timeouts
     from .dialects import Dialect
-    from .errors import Phase
 
     _Event: TypeAlias = (
         om.EventTextChunk | om.EventReasoningChunk | om.EventToolCall | om.EventEnd | om.Error | om.Unknown
     )
 
-__all__ = ["AgentStats", "Session"]
+__all__ = ["Owner", "Session"]
 
 _TOMBSTONES: Final = 4_096
 _CONTENT: Final = (om.EventTextChunk, om.EventReasoningChunk, om.EventToolCall, om.Unknown)
 
 
-@dataclasses.dataclass(slots=True)
-class AgentStats:
-    """Counters of one agent since it was opened.
+class Owner(Protocol):
+    """What a session needs of whoever opened it. All of it is called synchronously."""
 
-    * `requests`: registered; each ends as one of `completed` (``OM.EventEnd``), `failed` or `cancelled`.
-    * `events`: delivered to responses.
-    * `late_events`: dropped, for a request that was left early.
-    * `unroutable_events`: dropped, for an id that no request has (or had, as far as is remembered).
-    """
+    stats: AgentStats
+    status: om.Status
+    """The newest one of any session."""
 
-    requests: int = 0
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    events: int = 0
-    late_events: int = 0
-    unroutable_events: int = 0
+    on_notice: Callable[[om.ServerMessage], object] | None
 
+    def new_waker(self) -> Waker: ...
 
-class _Failure(msgspec.Struct, frozen=True):
-    """Why the connection takes no more requests; every request gets an exception of its own."""
+    def serve(self) -> None:
+        """The session may be ready for another request."""
 
-    code: int
-    reason: str
-    graceful: bool = False
-    violation: ProtocolError | None = None
-    cause: BaseException | None = None
+    def unavailable(self, session: Session, failure: Failure) -> None:
+        """The session takes no more requests."""
 
-    def for_request(self, phase: Phase) -> AnyAgentError:
-        if self.violation is None:
-            return self.for_newcomer(phase)
-        error = ProtocolError(self.violation.reason, close_code=self.violation.close_code)
-        error.__cause__ = self.cause
-        return error
+    def take_back(self, requests: list[Request]) -> bool:
+        """Have `requests`, of which nothing was written, done by another session; false: there is none."""
 
-    def for_newcomer(self, phase: Phase = "not_sent") -> AnyAgentError:
-        error = Disconnected(self.code, self.reason, graceful=self.graceful, phase=phase)
-        error.__cause__ = self.violation or self.cause
-        return error
-
-
-_LEFT: Final = _Failure(1000, "the agent was closed")
+    def crashed(self, exc: BaseException) -> None:
+        """Something failed that is not the connection's fault: an exception in `on_notice`, a Ctrl-C."""
 
 
 class Session:
     """One connection and the requests on it.
 
-    `run` is one task that holds all others; it is shielded, and ends when the connection is closed. Its
-    tasks never raise: they record what went wrong and settle every request with it, synchronously. What is
-    not the connection's fault (an exception in `on_notice`, Ctrl-C in one of the tasks) is kept in `crash`,
-    and `on_crash` is called.
+    `run` is one task that holds all others; it ends when the connection is closed. Its tasks never raise:
+    they record what went wrong and settle every request with it, synchronously.
     """
 
     def __init__(
@@ -99,14 +79,12 @@ class Session:
         limits: Limits,
         timeouts: Timeouts,
         heartbeat: Heartbeat | None,
-        on_notice: Callable[[om.ServerMessage], object] | None,
-        run_soon: Callable[[Callable[[], object]], None],
-        new_waker: Callable[[], Waker],
+        owner: Owner,
     ) -> None:
-        self.status = status
-        self.stats = AgentStats()
-        self.crash: BaseException | None = None
-        self.on_crash: Callable[[], None] = lambda: None
+        self.accepting = True
+        self._opened = anyio.current_time()
+        self._owner = owner
+        self._stats = owner.stats
         self._transport = transport
         self._dialect = dialect
         self._can_cancel = dialect.can_cancel(status)
@@ -114,45 +92,55 @@ class Session:
         self._limits = limits
         self._timeouts = timeouts
         self._heartbeat = heartbeat
-        self._on_notice = on_notice
-        self._run_soon = run_soon
-        self._new_waker = new_waker
         self._lanes = Lanes(dialect.lanes, self._in_flight_limit(status))
         self._requests: dict[str | None, Request] = {}  # never under None, which `lane_of` may say
+        self._full: set[Request] = set()  # nothing is read before their events are taken
+        self._room = owner.new_waker()
         self._tombstones: OrderedDict[str, None] = OrderedDict()
-        self._abandoned: deque[Request] = deque()
-        self._wake_reaper = anyio.Event()
-        self._graceful: om.GracefulDisconnect | None = None
+        self._retiring: Failure | None = None
         self._last_error: om.Error | None = None
-        self._failure: _Failure | None = None
+        self._failure: Failure | None = None
         self._closing = False
         self._heard = anyio.current_time()
+        self._pinged: float | None = None
         self._receiver_done = anyio.Event()
         self._running = anyio.Event()
         self._closed = anyio.Event()
         self._scope = anyio.CancelScope(shield=True)
         self._tasks: TaskGroup
-        self._writer = Writer(transport, new_waker())
+        self._writer = Writer(transport, owner.new_waker(), owner.serve)
+        transport.stats = owner.stats
 
-    # What Agent and Response call
+    # What the owner calls
 
     @property
     def in_flight(self) -> int:
         return len(self._requests)
 
-    async def open_request(self, message: im.UserMessage) -> Request:
-        """Wait for a lane, register the request, queue its message. Cancelled: nothing was sent."""
-        lane = await self._lanes.acquire()
+    @property
+    def age(self) -> float:
+        """For how many seconds it has been open."""
+        return anyio.current_time() - self._opened
+
+    @property
+    def ready(self) -> bool:
+        return self.accepting and self._lanes.free and not self._writer.full
+
+    def start(self, request: Request) -> None:
+        """Give a lane to `request` and queue its message; it is settled if that has no encoding."""
+        assert request.message is not None, "it was not written yet"
+        lane = self._lanes.take()
         try:
-            data = self._dialect.encode(msgspec.structs.replace(message, id=lane))
-        except BaseException:
+            data = self._dialect.encode(msgspec.structs.replace(request.message, id=lane))
+        except Exception as exc:
             self._lanes.release(lane)
-            raise
-        request = Request(lane, self._limits, self._new_waker())
+            request.settle(exc, anyio.current_time())
+            return
+        if not request.registered:
+            self._stats.requests += 1
         self._requests[lane] = request
-        self.stats.requests += 1
+        request.assign(self, lane)
         self._writer.queue(Outgoing(data, request))
-        return request
 
     async def send_tool_result(self, request: Request, call_id: str, output: str) -> None:
         """Queue a result and wait until the writer has taken it. Cancelled before that: it is not sent."""
@@ -172,36 +160,30 @@ class Session:
     def leave(self, request: Request) -> None:
         """The consumer of `request` leaves; the agent is told if it is still busy with it."""
         if not request.settled:
-            self.stats.cancelled += 1
+            self._stats.cancelled += 1
             self._stop(request, None)
-        request.discard()
 
-    def abandon(self, request: Request) -> None:
-        """As `leave`, but from a finalizer: any thread, and in the middle of anything."""
-        if request.settled:
-            request.discard()
-        else:
-            self._abandoned.append(request)
-            self._run_soon(lambda: self._wake_reaper.set())
+    def retire(self, failure: Failure) -> None:
+        """Take no new request; what was written runs to its end, and then the connection is closed."""
+        if self._retiring is None and self._failure is None:
+            self._retiring = failure
+            self._refuse(failure)
+            self._give_back(failure)
+            if not self._requests:
+                self._fail(failure)
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, close with a handshake, end all tasks; cannot be cancelled."""
-        with anyio.CancelScope(shield=True):
-            await self._running.wait()
-            for request in self._requests.values():
-                if not request.settled:
-                    self.stats.cancelled += 1
-                    self._tell_to_stop(request)
-                    self._settle(request, _LEFT.for_request(request.phase))
-            self._fail(_LEFT)
-            await self._closed.wait()
+        """Cancel what is in flight, close with a handshake, end all tasks; not to be cancelled."""
+        await self._running.wait()
+        for request in self._requests.values():
+            if not request.settled:
+                self._stats.cancelled += 1
+                self._tell_to_stop(request)
+                self._settle(request, LEFT.for_request(request.phase))
+        self._fail(LEFT)
+        await self._closed.wait()
 
     # Tasks
-
-    async def running(self) -> None:
-        """Wait until `run` has got under way, which takes a moment and is not cancelled."""
-        with anyio.CancelScope(shield=True):
-            await self._running.wait()
 
     async def run(self) -> None:
         try:
@@ -209,7 +191,6 @@ class Session:
                 async with anyio.create_task_group() as self._tasks:
                     self._start(self._receive)
                     self._start(self._write)
-                    self._start(self._reap)
                     if self._heartbeat is not None:
                         self._start(self._beat, self._heartbeat)
                     self._running.set()
@@ -217,7 +198,7 @@ class Session:
             with anyio.CancelScope(shield=True):
                 await self._transport.aclose()
             self._closing = True  # reached without it where asyncio cancels all tasks at its end
-            self._fail(_Failure(1006, "the event loop ended"))
+            self._fail(Failure(1006, "the event loop ended"))
             self._closed.set()
 
     def _start(self, function: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -229,23 +210,27 @@ class Session:
         except anyio.get_cancelled_exc_class():
             raise
         except BaseException as exc:
-            self.crash = self.crash or exc
-            self._fail(_Failure(1011, "a callback failed", cause=exc))
-            self.on_crash()
+            self._owner.crashed(exc)
+            self._fail(Failure(1011, "a callback failed", cause=exc))
 
     async def _receive(self) -> None:
         try:
             self._process(self._backlog)
             while True:
+                while self._full:
+                    await self._room.wait()
                 batch = await self._transport.receive()
                 self._heard = anyio.current_time()
+                if self._pinged is not None:
+                    self._stats.ping_round_trip = self._heard - self._pinged
+                    self._pinged = None
                 self._process(batch)
         except TransportClosed as exc:
-            graceful = self._graceful is not None
+            graceful = self._retiring is not None and self._retiring.graceful
             violation = ProtocolError(exc.reason, close_code=exc.code) if exc.violation else None
             cause = exc.__cause__ or (agent_error(self._last_error) if self._last_error else None)
             self._fail(
-                _Failure(exc.code, exc.reason, graceful, violation, cause), exc.code if violation else 1000
+                Failure(exc.code, exc.reason, graceful, violation, cause), exc.code if violation else 1000
             )
         finally:
             self._receiver_done.set()
@@ -257,26 +242,20 @@ class Session:
             # What has arrived is still read, and the receiver learns the reason; but not for ever.
             self._start_closing()
 
-    async def _reap(self) -> None:
-        """Leave the requests that were abandoned."""
-        while True:
-            await self._wake_reaper.wait()
-            self._wake_reaper = anyio.Event()
-            while self._abandoned:
-                self.leave(self._abandoned.popleft())
-
     async def _beat(self, heartbeat: Heartbeat) -> None:
         while True:
+            if self._full:
+                self._heard = anyio.current_time()  # nobody listens
             quiet = anyio.current_time() - self._heard
             if quiet < heartbeat.interval:
                 await anyio.sleep(heartbeat.interval - quiet)
                 continue
-            asked = anyio.current_time()
+            asked = self._pinged = anyio.current_time()
             self._transport.ping()
             await anyio.sleep(heartbeat.timeout)
-            if self._heard < asked:
+            if self._heard < asked and not self._full:
                 reason = f"nothing heard for {heartbeat.interval + heartbeat.timeout:g} s"
-                self._fail(_Failure(1006, reason), close_code=1011)
+                self._fail(Failure(1006, reason), close_code=1011)
                 return
 
     async def _drain(self, request: Request, drained: anyio.Event) -> None:
@@ -288,11 +267,11 @@ class Session:
             self._bury(request)
         else:
             reason = f"an answer that was left did not end within {self._timeouts.drain:g} s"
-            self._fail(_Failure(1000, reason))
+            self._fail(Failure(1000, reason))
 
-    async def _leave_at_deadline(self, deadline: float) -> None:
+    async def _leave_at_deadline(self, deadline: float, failure: Failure) -> None:
         await anyio.sleep(max(deadline, 0))
-        self._fail_gracefully()
+        self._fail(failure)
 
     async def _close_transport(self, code: int) -> None:
         with anyio.move_on_after(self._timeouts.close):
@@ -300,7 +279,7 @@ class Session:
             self._transport.close(code)
             await self._receiver_done.wait()
             await self._writer.flushed()
-        self._fail(_Failure(1006, "the connection could not be written to"))
+        self._fail(Failure(1006, "the connection could not be written to"))
         self._scope.cancel()
 
     # Receiving
@@ -324,7 +303,7 @@ class Session:
                             try:
                                 request.push(message, len(data))
                             except SlowConsumerError as exc:
-                                self._fail_request(request, exc)
+                                delivered += self._overflow(request, message, len(data), exc)
                             else:
                                 delivered += 1
                             continue
@@ -333,7 +312,23 @@ class Session:
                     else:
                         self._notice(message)
         finally:
-            self.stats.events += delivered
+            self._stats.events += delivered
+
+    def _overflow(self, request: Request, event: om.AgentEvent, size: int, error: SlowConsumerError) -> int:
+        """See to an event that is one too many; return how many were delivered."""
+        if self._limits.overflow == "block" and request.hold(event, size):
+            request.on_room = self._make_room
+            self._full.add(request)
+            return 1
+        logger.warning("request %s failed: its consumer is slow (Limits.%s)", request.lane, error.limit)
+        self._fail_request(request, error)
+        return 0
+
+    def _make_room(self, request: Request) -> None:
+        self._full.remove(request)
+        self._heard = anyio.current_time()
+        if not self._full:
+            self._room.wake()
 
     def _has_started(self, request: Request) -> bool:
         """Whether the next event is the first one of `request`."""
@@ -353,7 +348,7 @@ class Session:
         elif isinstance(event, om.EventEnd | om.Error):
             self._terminate(request, event)
         else:
-            self.stats.late_events += 1
+            self._stats.late_events += 1
 
     def _route_elsewhere(self, event: _Event, lane: str | None) -> None:
         """An event of no live request."""
@@ -362,9 +357,9 @@ class Session:
         elif lane is None or event.id is None:
             self._notice(event)
         elif lane not in self._tombstones:
-            self.stats.unroutable_events += 1
+            self._stats.unroutable_events += 1
         else:
-            self.stats.late_events += 1
+            self._stats.late_events += 1
             if isinstance(event, om.EventEnd | om.Error):
                 del self._tombstones[lane]
 
@@ -372,59 +367,49 @@ class Session:
         if request.drained is not None:
             request.drained.set()
         elif isinstance(terminal, om.EventEnd):
-            self.stats.completed += 1
+            self._stats.completed += 1
             self._last_error = None
             self._settle(request, terminal)
         else:
-            self.stats.failed += 1
+            self._stats.failed += 1
             self._settle(request, agent_error(terminal))
         self._remove(request)
 
     def _notice(self, message: om.ServerMessage) -> None:
         if isinstance(message, om.Status) and message.id is None:
-            self.status = message
+            self._owner.status = message
             if message.max_in_flight is not None:
                 self._lanes.resize(self._in_flight_limit(message))
-        elif isinstance(message, om.GracefulDisconnect) and self._graceful is None:
-            self._disconnect_gracefully(message)
+                self._owner.serve()
+        elif isinstance(message, om.GracefulDisconnect) and self._retiring is None:
+            logger.info("the agent announced that it will disconnect; %d requests in flight", self.in_flight)
+            failure = Failure(1001, message.reason, graceful=True)
+            self.retire(failure)
+            if self._failure is None and message.deadline is not None:
+                self._start(self._leave_at_deadline, message.deadline, failure)
         elif isinstance(message, om.Error):
             self._last_error = message
-        if self._on_notice is not None:
-            self._on_notice(message)
-
-    def _disconnect_gracefully(self, message: om.GracefulDisconnect) -> None:
-        """Take no new request; what was written runs to its end, or to the agent's deadline."""
-        self._graceful = message
-        newcomers = _Failure(1001, message.reason, graceful=True)
-        self._lanes.close(newcomers.for_newcomer)
-        for request in [request for request in self._requests.values() if request.phase == "not_sent"]:
-            self.stats.failed += 1
-            self._settle(request, newcomers.for_newcomer())
-            del self._requests[request.lane]
-            self._lanes.release(request.lane)
-        if not self._requests:
-            self._fail_gracefully()
-        elif message.deadline is not None:
-            self._start(self._leave_at_deadline, message.deadline)
+        if self._owner.on_notice is not None:
+            self._owner.on_notice(message)
 
     def _reject(self, exc: ProtocolError) -> None:
         """An invalid message fails its request, if it can be told whose it is; else everything."""
         request = None if exc.request_id is None else self._requests.get(exc.request_id)
         if request is not None and request.phase != "not_sent":
             if request.settled:
-                self.stats.late_events += 1
+                self._stats.late_events += 1
             else:
                 self._fail_request(request, exc)
         elif exc.request_id in self._tombstones:
-            self.stats.late_events += 1
+            self._stats.late_events += 1
         else:
-            failure = _Failure(exc.close_code, exc.reason, violation=exc, cause=exc.__cause__)
+            failure = Failure(exc.close_code, exc.reason, violation=exc, cause=exc.__cause__)
             self._fail(failure, exc.close_code)
 
     # Ending requests
 
     def _fail_request(self, request: Request, error: Exception) -> None:
-        self.stats.failed += 1
+        self._stats.failed += 1
         self._stop(request, error)
 
     def _stop(self, request: Request, error: Exception | None) -> None:
@@ -441,6 +426,9 @@ class Session:
 
     def _settle(self, request: Request, outcome: om.EventEnd | Exception | None) -> None:
         request.settle(outcome, anyio.current_time())
+        self._withdraw_queued(request)
+
+    def _withdraw_queued(self, request: Request) -> None:
         for outgoing in tuple(request.queued):
             self._writer.withdraw(outgoing)
 
@@ -458,25 +446,47 @@ class Session:
     def _remove(self, request: Request) -> None:
         del self._requests[request.lane]
         self._lanes.release(request.lane)
-        if self._graceful is not None and not self._requests:
-            self._fail_gracefully()
+        if self._retiring is not None and not self._requests:
+            self._fail(self._retiring)
+        self._owner.serve()
+
+    def _give_back(self, failure: Failure) -> None:
+        """Part with the requests of which nothing was written: to another session, if there may be one."""
+        unsent = [
+            request
+            for request in self._requests.values()
+            if request.phase == "not_sent" and not request.settled
+        ]
+        movable = [request for request in unsent if len(request.queued) == 1]  # no tool result behind it
+        for request in unsent:
+            del self._requests[request.lane]
+            self._lanes.release(request.lane)
+            self._withdraw_queued(request)
+        taken = movable if self._owner.take_back(movable) else []
+        for request in unsent:
+            if request not in taken:
+                self._stats.failed += 1
+                error = failure.for_request("not_sent") if request.claimed else failure.for_newcomer()
+                request.settle(error, anyio.current_time())
 
     # Ending the connection
 
-    def _fail_gracefully(self) -> None:
-        assert self._graceful is not None
-        self._fail(_Failure(1001, self._graceful.reason, graceful=True))
+    def _refuse(self, failure: Failure) -> None:
+        if self.accepting:
+            self.accepting = False
+            self._owner.unavailable(self, failure)
 
-    def _fail(self, failure: _Failure, close_code: int = 1000) -> None:
+    def _fail(self, failure: Failure, close_code: int = 1000) -> None:
         """Settle everything with the first failure, and start to close. Later failures change nothing."""
         if self._failure is not None:
             return
         self._failure = failure
-        self._lanes.close(failure.for_newcomer)
+        self._refuse(failure)
+        self._give_back(failure)
         requests, self._requests = self._requests, {}
         for request in requests.values():
             if not request.settled:
-                self.stats.failed += 1
+                self._stats.failed += 1
                 self._settle(request, failure.for_request(request.phase))
         self._start_closing(close_code)
 

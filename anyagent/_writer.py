@@ -9,12 +9,16 @@ import anyio
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._request import Request
     from ._transports import Transport, Waker
 
 __all__ = ["Outgoing", "Writer"]
 
 _WRITE_SIZE: Final = 64 * 1024
+_QUEUE_SIZE: Final = 1024 * 1024
+"""How many bytes may wait to be written before no further request joins them."""
 
 
 class Outgoing(msgspec.Struct, eq=False):
@@ -32,11 +36,13 @@ class Writer:
     """Callers only queue, so a cancelled caller cannot cut a frame in two (only the task in `run` writes).
 
     What is ready together is written together. `flushed` waits until everything has been written that was
-    queued, by callers or by the transport itself.
+    queued, by callers or by the transport itself. `on_room` is called when the queue is not `full` any more.
     """
 
-    def __init__(self, transport: Transport, waker: Waker) -> None:
+    def __init__(self, transport: Transport, waker: Waker, on_room: Callable[[], object]) -> None:
         self._transport = transport
+        self._on_room = on_room
+        self._size = 0
         self._waker = waker
         self._queue: OrderedDict[Outgoing, None] = OrderedDict()
         self._has_work = False
@@ -45,8 +51,14 @@ class Writer:
         self._flushed = anyio.Event()
         transport.output_ready = self._wake
 
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that no further request should be added."""
+        return self._size >= _QUEUE_SIZE
+
     def queue(self, outgoing: Outgoing) -> None:
         self._queue[outgoing] = None
+        self._size += len(outgoing.data)
         if outgoing.request is not None:
             outgoing.request.queued.append(outgoing)
         self._wake()
@@ -56,6 +68,7 @@ class Writer:
         if outgoing in self._queue:
             del self._queue[outgoing]
             _release(outgoing)
+            self._shrink(len(outgoing.data))
 
     async def flushed(self) -> None:
         """Wait until nothing is left to write, or nothing can be written any more. For one task at a time."""
@@ -93,11 +106,19 @@ class Writer:
             _release(outgoing)
             if request is not None and request.phase == "not_sent":
                 request.phase = "sent"
+                request.message = None
                 request.stats.sent = anyio.current_time()
             writes.append(outgoing.data)
             size += len(outgoing.data)
         self._has_work = self._has_work or bool(self._queue)
+        self._shrink(size)
         return writes
+
+    def _shrink(self, size: int) -> None:
+        was_full = self.full
+        self._size -= size
+        if was_full and not self.full:
+            self._on_room()
 
 
 def _release(outgoing: Outgoing) -> None:

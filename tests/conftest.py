@@ -21,11 +21,21 @@ from .servers import on_demand
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+_FIGURES = pytest.StashKey[list[tuple[str, str]]]()
+
 DEADLINE = 60  # seconds, which pass in no time unless the test is marked ``sockets``
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sockets: needs real sockets or threads, and so runs in real time")
+    config.stash[_FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_FIGURES]:
+        terminalreporter.section("measured figures")
+    for test, figure in config.stash[_FIGURES]:
+        terminalreporter.line(f"{test}: {figure}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,6 +54,12 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
             return "asyncio", {"loop_factory": uvloop.new_event_loop}
         case backend:
             return backend, {} if in_real_time else jumping(backend)
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Notes what a test has measured; the end of the run prints it beside the name of the test."""
+    return lambda text: request.config.stash[_FIGURES].append((request.node.name, text))
 
 
 @pytest.fixture(scope="session")

@@ -439,7 +439,7 @@ async def test_a_lane_that_is_used_again_drains_even_where_the_wire_can_cancel()
 async def test_withdrawing_a_message_that_the_writer_no_longer_holds_changes_nothing() -> None:
     peer = MemoryPeer()
     async with anyio.create_task_group() as tasks:
-        writer = Writer(await peer.connect(tasks), waker_factory()())
+        writer = Writer(await peer.connect(tasks), waker_factory()(), lambda: None)
         tasks.start_soon(writer.run)
         outgoing = Outgoing(IM.encode(IM.Cancel("1")))
         writer.queue(outgoing)

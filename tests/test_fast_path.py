@@ -49,7 +49,7 @@ class CountingWaker:
 
 @pytest.fixture
 def wakers(monkeypatch: pytest.MonkeyPatch) -> list[CountingWaker]:
-    """All wakers, in the order in which they were made: the writer's, then one for each request."""
+    """All wakers, in the order in which they were made: those of the connection come first."""
 
     class OfThisTest(CountingWaker):
         made: list[CountingWaker] = []  # noqa: RUF012 - a class of its own for each test
@@ -86,7 +86,7 @@ async def test_a_consumer_is_woken_once_for_everything_that_was_read_at_once(
             await anyio.wait_all_tasks_blocked()
             await deliver(peer, response.id, 3)
         assert len(events) == 300
-        _, waker = wakers
+        *_, waker = wakers
         assert waker.woken == 3
 
 
@@ -100,7 +100,7 @@ async def test_asking_wakes_its_caller_once(wakers: list[CountingWaker]) -> None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
             await deliver(peer, (await peer.receive()).id, 10)
-        _, waker = wakers
+        *_, waker = wakers
         assert waker.woken == 1
 
 
@@ -140,7 +140,7 @@ async def test_prompts_that_are_ready_together_are_given_to_the_transport_togeth
     writes: list[int] = []
 
     async with memory_agent() as (agent, peer):
-        transport = agent._session._transport
+        transport = agent._supervisor._sessions[0]._transport
         real = transport.send
 
         async def send(messages: list[bytes]) -> None:
@@ -222,7 +222,7 @@ async def test_the_library_never_sees_plain_texts(monkeypatch: pytest.MonkeyPatc
         peer.finish()
 
     async with serve(script) as server, open_agent(server.url) as agent:
-        transport = agent._session._transport
+        transport = agent._supervisor._sessions[0]._transport
         seen: list[bytes] = []
         if isinstance(transport, AsyncioTransport):
             monkeypatch.setattr(transport._protocol, "receive_data", seen.append)

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 import anyagent
-from anyagent import IM, OM, Heartbeat, Limits, Timeouts
+from anyagent import IM, OM, Backoff, Heartbeat, Limits, Timeouts
 
 README: Final = Path(__file__).parents[1].joinpath("README.md").read_text()
 BLOCKS: Final = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -90,12 +90,18 @@ def test_the_messages_of_the_wire_are_what_the_package_speaks() -> None:
 
 
 def test_the_settings_table_gives_every_field_and_its_default() -> None:
-    table = dict(re.findall(r"^\| `(\w+\.\w+)` \| ([\d,]+ \w+)", README, re.MULTILINE))
+    table = dict(re.findall(r"^\| `([A-Z]\w+\.\w+)` \| ([\d,.]+ \w+|`?\w+`?)", README, re.MULTILINE))
     expected = {}
-    for config in (Limits(), Timeouts(), Heartbeat()):
+    for config in (Limits(), Timeouts(), Heartbeat(), Backoff()):
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            shown = f"{value // 2**20} MiB" if value == 16 * 2**20 else f"{value:,}"
+            match value:
+                case str():
+                    shown = f"`{value}`"
+                case None:
+                    shown = "none"
+                case _:
+                    shown = f"{value // 2**20} MiB" if value == 16 * 2**20 else f"{value:,}"
             expected[f"{type(config).__name__}.{field.name}"] = shown
     assert table.keys() == expected.keys()
     for name, shown in expected.items():

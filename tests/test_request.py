@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyagent import OM, AgentError, Limits, SlowConsumerError
+from anyagent import IM, OM, AgentError, AgentStats, Limits, SlowConsumerError
 from anyagent._request import Request, agent_error
 from anyagent._transports import waker_factory
 
@@ -34,7 +34,7 @@ def unknown(kind: str) -> OM.Unknown:
 
 
 def new_request(limits: Limits) -> Request:
-    return Request("1", limits, waker_factory()())
+    return Request(IM.UserMessage(text=""), limits, AgentStats(), waker_factory()())
 
 
 async def next_batch(request: Request) -> list[OM.AgentEvent]:

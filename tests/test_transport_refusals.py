@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sockets]
 
-SHORT = Timeouts(connect=0.3)
+SHORT = Timeouts(connect=1)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ async def test_an_agent_that_resets_at_once_is_a_connect_error() -> None:
 @pytest.mark.parametrize("script", [silence, silence_after_the_request, a_byte_every_so_often])
 async def test_a_handshake_that_takes_too_long_is_a_connect_error(script: Script) -> None:
     async with serve(script) as server:
-        with pytest.raises(ConnectError, match=r"no connection within 0\.3 s") as caught:
+        with pytest.raises(ConnectError, match=r"no connection within 1 s") as caught:
             async with open_agent(server.url, timeouts=SHORT):
                 pass
         assert isinstance(caught.value.__cause__, TimeoutError)
@@ -148,7 +148,7 @@ async def test_a_tcp_connect_that_takes_too_long_is_a_connect_error() -> None:
         listener.listen(0)
         first.connect(listener.getsockname())
         async with serve(Peer.wait_gone):
-            with pytest.raises(ConnectError, match=r"no connection within 0\.3 s"):
+            with pytest.raises(ConnectError, match=r"no connection within 1 s"):
                 async with open_agent(f"ws://127.0.0.1:{listener.getsockname()[1]}", timeouts=SHORT):
                     pass
 
@@ -158,7 +158,7 @@ async def test_an_agent_that_sends_no_status_in_time_is_a_connect_error(
     script: Script,
 ) -> None:
     async with serve(script) as server:
-        with pytest.raises(ConnectError, match=r"no status from the agent within 0\.3 s") as caught:
+        with pytest.raises(ConnectError, match=r"no status from the agent within 1 s") as caught:
             async with open_agent(server.url, timeouts=SHORT):
                 pass
         assert isinstance(caught.value.__cause__, TimeoutError)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import ByteStream, TaskGroup
 
+    from .._stats import AgentStats
     from .._target import Target
 
 __all__ = ["Transport", "TransportClosed", "Waker", "connect", "thread_scheduler", "waker_factory"]
@@ -83,6 +84,9 @@ class Transport(abc.ABC):
 
     output_ready: Callable[[], None]
     """Called, from any of the other methods, when there is something to write that `send` was not given."""
+
+    stats: AgentStats
+    """Where to count the bytes that are received and sent."""
 
     @abc.abstractmethod
     async def receive(self) -> list[bytes]:

@@ -14,6 +14,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import CONNECTING, OPEN
 from websockets.uri import WebSocketURI
 
+from .._stats import AgentStats
 from ..errors import ConnectError
 from . import (
     BAD_UTF8,
@@ -79,6 +80,7 @@ class AsyncioTransport(Transport):
 
     def __init__(self, stream: ByteStream, protocol: ClientProtocol, splitter: FrameSplitter) -> None:
         self.output_ready = lambda: None
+        self.stats = AgentStats()
         self._stream = stream
         self._protocol = protocol
         self._splitter = splitter
@@ -111,7 +113,9 @@ class AsyncioTransport(Transport):
             raise self._end
         data, self._arrived_with_handshake = self._arrived_with_handshake, b""
         try:
-            messages, rest = self._splitter.split(data or await self._stream.receive(READ_SIZE))
+            data = data or await self._stream.receive(READ_SIZE)
+            self.stats.bytes_received += len(data)
+            messages, rest = self._splitter.split(data)
         except anyio.EndOfStream:
             self._protocol.receive_eof()
             messages = self._collect()
@@ -173,6 +177,7 @@ class AsyncioTransport(Transport):
                 self._protocol.send_text(message)
         if self._take_output():
             data, self._output = self._output, bytearray()
+            self.stats.bytes_sent += len(data)
             try:
                 await self._stream.send(bytes(data))
             except LOST_CONNECTION as exc:

@@ -16,6 +16,7 @@ from anyio import connect_tcp
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 from wsproto.frame_protocol import FrameProtocol
 
+from .._stats import AgentStats
 from ..errors import ConnectError
 from . import (
     BAD_UTF8,
@@ -128,6 +129,7 @@ class TrioTransport(Transport):
 
     def __init__(self, stream: ByteStream, message_size: int) -> None:
         self.output_ready = lambda: None
+        self.stats = AgentStats()
         self._stream = stream
         self._message_size = message_size
         self._splitter = FrameSplitter(message_size)
@@ -206,7 +208,9 @@ class TrioTransport(Transport):
         data, self._arrived_with_handshake = self._arrived_with_handshake, b""
         at_eof = False
         try:
-            messages, rest = self._splitter.split(data or await self._stream.receive(READ_SIZE))
+            data = data or await self._stream.receive(READ_SIZE)
+            self.stats.bytes_received += len(data)
+            messages, rest = self._splitter.split(data)
         except anyio.EndOfStream:
             at_eof = True
             messages, rest = [], b""
@@ -248,6 +252,7 @@ class TrioTransport(Transport):
     async def _flush(self) -> None:
         if self._feed.output:
             data, self._feed.output = self._feed.output, bytearray()
+            self.stats.bytes_sent += len(data)
             await self._stream.send(bytes(data))
 
     def ping(self) -> None:

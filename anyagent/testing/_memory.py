@@ -10,6 +10,7 @@ import anyio
 
 from .. import im, om
 from .._open import run_agent
+from .._stats import AgentStats
 from .._transports import Transport, TransportClosed
 from ..config import Heartbeat, Limits, Timeouts
 from ..dialects import Dialect, by_name
@@ -76,6 +77,7 @@ class MemoryPeer:
 class _MemoryTransport(Transport):
     def __init__(self, peer: MemoryPeer) -> None:
         self.output_ready: Callable[[], None] = lambda: None
+        self.stats = AgentStats()
         self._peer = peer
 
     async def receive(self) -> list[bytes]:
