@@ -6,7 +6,7 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-for requirement in [*project["dependencies"], *extras["cli"], *extras["uvloop"]]:
+for requirement in [*project["dependencies"], *extras["cli"], *extras["uvloop"], *extras["otel"]]:
     match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
     if match is None:
         raise SystemExit(f"no lower bound in {requirement!r}")

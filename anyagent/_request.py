@@ -177,9 +177,9 @@ class Request:
             self.end = outcome
         self._note_high_water(len(self._pending))
         self._make_room()
+        self._waker.wake()
         if self._ended is not None:
             self._ended(_observation.RequestOutcome(self.end, self.error, self._started, self.stats))
-        self._waker.wake()
 
     def discard(self) -> None:
         """Drop what waits: nobody will take it."""

@@ -27,6 +27,7 @@ PUBLIC_MODULES = [
     "anyagent.errors",
     "anyagent.im",
     "anyagent.om",
+    "anyagent.otel",
     "anyagent.testing",
     "anyagent.testing.faults",
     "anyagent.testing.pytest_plugin",

@@ -214,12 +214,13 @@ def test_a_target_shows_neither_userinfo_path_query_nor_headers() -> None:
     ],
 )
 async def test_nothing_is_connected_to_with_a_bad_url_or_header(
-    resource: str, headers: dict[str, str]
+    resource: str, headers: dict[str, str], figure: Callable[[str], None]
 ) -> None:
     async with serve(Peer.wait_gone) as server:
         with pytest.raises(ValueError, match=r"URL|header"):
             async with open_agent(server.url + resource, headers=headers):
                 pass
+    figure(f"{server.connections} connections")
     assert server.connections == 0
 
 

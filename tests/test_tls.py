@@ -33,6 +33,15 @@ class Certificates:
         self.authority.issue_cert(*names).configure_cert(context)
         return context
 
+    def self_signed(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with (
+            self.authority.private_key_pem.tempfile() as key,
+            self.authority.cert_pem.tempfile() as certificate,
+        ):
+            context.load_cert_chain(certificate, key)
+        return context
+
     def client(self) -> ssl.SSLContext:
         context = ssl.create_default_context()
         self.authority.configure_trust(context)
@@ -97,12 +106,26 @@ async def test_a_certificate_of_an_unknown_authority_is_refused_by_default(
         assert server.connections == 1
 
 
-async def test_a_certificate_for_another_host_is_refused(certificates: Certificates) -> None:
+async def test_a_self_signed_certificate_is_refused_by_default(
+    certificates: Certificates, figure: Callable[[str], None]
+) -> None:
+    async with serve(lambda peer: untrusted(peer, certificates.self_signed())) as server:
+        with pytest.raises(ConnectError, match="self-signed certificate") as caught:
+            async with open_agent(f"wss://localhost:{server.port}/"):
+                pass
+        assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+    figure("refused in the TLS handshake, before any data")
+
+
+async def test_a_certificate_for_another_host_is_refused(
+    certificates: Certificates, figure: Callable[[str], None]
+) -> None:
     async with serve(lambda peer: untrusted(peer, certificates.server("other.example"))) as server:
         with pytest.raises(ConnectError, match="not valid for 'localhost'") as caught:
             async with open_agent(f"wss://localhost:{server.port}/", ssl_context=certificates.client()):
                 pass
         assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+    figure("refused in the TLS handshake, before any data")
 
 
 async def test_a_client_certificate_is_shown_if_the_context_has_one(certificates: Certificates) -> None:

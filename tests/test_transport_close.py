@@ -12,6 +12,7 @@ import pytest
 
 from anyagent import OM, Disconnected, Heartbeat, Timeouts, open_agent
 
+from .acceptance.measuring import SLACK, Stopwatch
 from .wire_server import (
     CLOSE,
     DEADLINE,
@@ -97,6 +98,10 @@ def never_read(peer: Peer) -> None:
     peer.send_until_gone(frame(PING, 125 * b"x"))
 
 
+def flood_without_reading(peer: Peer) -> None:
+    peer.send_until_gone(10_000 * frame(PING))
+
+
 def flood(peer: Peer) -> None:
     assert peer.receive_close() == (1000, "")
     peer.send_until_gone(100 * NOTICE)
@@ -108,16 +113,30 @@ def flood_within_a_message(peer: Peer) -> None:
     peer.send_until_gone(frame(PING) + frame(0x0, fin=False))
 
 
-@pytest.mark.parametrize("script", [never_answer, never_read, flood, flood_within_a_message])
-async def test_a_peer_that_does_not_answer_our_close_is_left_in_time(script: Callable[[Peer], None]) -> None:
+@pytest.mark.parametrize(
+    "script", [never_answer, never_read, flood_without_reading, flood, flood_within_a_message]
+)
+async def test_a_peer_that_does_not_answer_our_close_is_left_in_time(
+    script: Callable[[Peer], None], figure: Callable[[str], None]
+) -> None:
+    prompted = threading.Event()
+
     def open_first(peer: Peer) -> None:
         peer.open()
+        peer.receive_prompt()
+        prompted.set()
         script(peer)
 
     async with serve(open_first) as server:
-        with anyio.fail_after(DEADLINE):
-            async with open_agent(server.url, timeouts=SHORT):
-                pass
+        async with open_agent(server.url, timeouts=SHORT) as agent:
+            response = await agent.send_message("hello")
+            await wait(prompted)
+            stopwatch = Stopwatch()
+        elapsed = stopwatch.elapsed
+        await response.aclose()
+        bound = SHORT.close + SLACK
+        figure(f"{elapsed:.2f} s, bound {bound} s")
+        assert elapsed < bound
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -87,7 +87,8 @@ class _MemoryTransport(Transport):
         return arrived
 
     async def send(self, messages: list[bytes]) -> None:
-        await self._peer.writable.wait()
+        if messages:
+            await self._peer.writable.wait()
         if self._peer.broken:
             raise anyio.BrokenResourceError
         for message in messages:
