@@ -1,4 +1,4 @@
-"""Agents in memory, one for each connection that a client makes."""
+"""Agents in memory, one for each connection that a client makes, and tasks that ask them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from anyagent import OM, Agent, Backoff, ConnectError, Heartbeat, Limits, Timeouts
+from anyagent import IM, OM, Agent, AnyAgentError, Backoff, ConnectError, Heartbeat, Limits, Timeouts
 from anyagent._open import run_agent
 from anyagent.testing import MemoryPeer
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from anyagent import AnyAgentError
     from anyagent._transports import Transport
 
-__all__ = ["NATIVE", "SINGLE", "Peers", "until"]
+__all__ = ["LOST", "NATIVE", "SINGLE", "Asking", "Peers", "answer", "ask", "prompts", "until"]
 
 NATIVE = OM.Status("ready", ("ids", "cancel"))
 SINGLE = OM.Status("ready")
+LOST = 1006
+"""The close code of a connection that ended without a close frame."""
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -102,3 +103,49 @@ class Peers:
         finally:
             for peer in self.made:
                 peer.end()
+
+
+class Asking:
+    """A task that asks, and what came of it."""
+
+    def __init__(self, agent: Agent, prompt: str = "hello") -> None:
+        self.text: str | None = None
+        self.error: AnyAgentError | None = None
+        self.scope = anyio.CancelScope()
+        self._agent = agent
+        self._prompt = prompt
+
+    async def run(self) -> None:
+        with self.scope:
+            try:
+                self.text = (await self._agent.ask(self._prompt)).text
+            except AnyAgentError as exc:
+                self.error = exc
+
+
+async def ask(tasks: TaskGroup, agent: Agent, prompt: str = "hello") -> Asking:
+    asking = Asking(agent, prompt)
+    tasks.start_soon(asking.run)
+    await anyio.wait_all_tasks_blocked()
+    return asking
+
+
+async def answer(peer: MemoryPeer, text: str = "answer") -> str:
+    """Answer the next message to `peer`; its prompt."""
+    message = await peer.receive()
+    assert isinstance(message, IM.UserMessage)
+    peer.send(OM.EventTextChunk(text, id=message.id), OM.EventEnd(1, id=message.id))
+    await anyio.wait_all_tasks_blocked()
+    return message.text
+
+
+def prompts(peer: MemoryPeer) -> list[str]:
+    """The prompts that have reached `peer` and were not received yet."""
+    found: list[str] = []
+    while True:
+        try:
+            message = peer.receive_nowait()
+        except (anyio.WouldBlock, anyio.EndOfStream):
+            return found
+        if isinstance(message, IM.UserMessage):
+            found.append(message.text)

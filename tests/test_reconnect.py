@@ -23,7 +23,7 @@ from anyagent import (
 )
 from anyagent.testing import AgentReply, MemoryPeer, embedded_agent
 
-from .peers import NATIVE, SINGLE, Peers, until
+from .peers import LOST, NATIVE, SINGLE, Asking, Peers, answer, ask, prompts, until
 from .wire_server import Peer, serve
 
 if TYPE_CHECKING:
@@ -35,58 +35,6 @@ if TYPE_CHECKING:
     from anyagent._transports import Transport
 
 pytestmark = pytest.mark.anyio
-
-LOST = 1006
-
-
-class Asking:
-    """A task that asks, and what came of it."""
-
-    def __init__(self, agent: Agent, prompt: str = "hello") -> None:
-        self.text: str | None = None
-        self.error: AnyAgentError | None = None
-        self.scope = anyio.CancelScope()
-        self._agent = agent
-        self._prompt = prompt
-
-    async def run(self) -> None:
-        with self.scope:
-            try:
-                self.text = (await self._agent.ask(self._prompt)).text
-            except AnyAgentError as exc:
-                self.error = exc
-
-
-async def ask(tasks: TaskGroup, agent: Agent, prompt: str = "hello") -> Asking:
-    asking = Asking(agent, prompt)
-    tasks.start_soon(asking.run)
-    await anyio.wait_all_tasks_blocked()
-    return asking
-
-
-async def answer(peer: MemoryPeer, text: str = "answer") -> str:
-    """Answer the next message to `peer`; its prompt."""
-    message = await peer.receive()
-    peer.send(OM.EventTextChunk(text, id=message.id), OM.EventEnd(1, id=message.id))
-    await anyio.wait_all_tasks_blocked()
-    return prompt_of(message)
-
-
-def prompt_of(message: IM.ClientMessage) -> str:
-    assert hasattr(message, "text")
-    return message.text
-
-
-def prompts(peer: MemoryPeer) -> list[str]:
-    """The prompts that have reached `peer` and were not received yet."""
-    found: list[str] = []
-    while True:
-        try:
-            message = peer.receive_nowait()
-        except (anyio.WouldBlock, anyio.EndOfStream):
-            return found
-        if hasattr(message, "text"):
-            found.append(message.text)
 
 
 async def block(tasks: TaskGroup, agent: Agent, peer: MemoryPeer) -> Asking:
@@ -245,6 +193,7 @@ async def test_a_request_with_a_tool_result_behind_it_does_not_move() -> None:
         with pytest.raises(Disconnected) as caught:
             await response.collect()
         assert caught.value.phase == "not_sent"
+        await anyio.wait_all_tasks_blocked()
         assert len(errors) == 1
         assert prompts(await peers.connected(2)) == []
 
@@ -424,7 +373,8 @@ async def test_a_connection_that_comes_about_while_the_block_is_left_is_closed()
             connecting.set()
             with anyio.CancelScope(shield=True):
                 await anyio.sleep(3)
-                return await super().connect(task_group)
+                transport = await super().connect(task_group)
+            return transport  # noqa: RET504 - for mypy, a scope may swallow what is raised
 
     peers = Late()
     async with peers.agent():
