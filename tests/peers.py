@@ -111,6 +111,7 @@ class Asking:
     def __init__(self, agent: Agent, prompt: str = "hello") -> None:
         self.text: str | None = None
         self.error: AnyAgentError | None = None
+        self.done = False
         self.scope = anyio.CancelScope()
         self._agent = agent
         self._prompt = prompt
@@ -121,6 +122,7 @@ class Asking:
                 self.text = (await self._agent.ask(self._prompt)).text
             except AnyAgentError as exc:
                 self.error = exc
+        self.done = True
 
 
 async def ask(tasks: TaskGroup, agent: Agent, prompt: str = "hello") -> Asking:
