@@ -82,7 +82,7 @@ class Session:
         owner: Owner,
     ) -> None:
         self.accepting = True
-        self._opened = anyio.current_time()
+        self.opened = anyio.current_time()
         self._owner = owner
         self._stats = owner.stats
         self._transport = transport
@@ -116,11 +116,6 @@ class Session:
     @property
     def in_flight(self) -> int:
         return len(self._requests)
-
-    @property
-    def age(self) -> float:
-        """For how many seconds it has been open."""
-        return anyio.current_time() - self._opened
 
     @property
     def ready(self) -> bool:

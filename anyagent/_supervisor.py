@@ -174,7 +174,7 @@ class Supervisor:
             return
         if not failure.graceful:
             logger.warning("connection to %s:%d lost (code %d)", *self._address, failure.code)
-        if self._backoff is not None and session.age >= self._backoff.healthy:
+        if self._backoff is not None and anyio.current_time() - session.opened >= self._backoff.healthy:
             self._failures = 0
         self._note(failure.for_newcomer())
         self._look_after()
@@ -220,18 +220,16 @@ class Supervisor:
         if self._wanted():
             self._wake_keeper.wake()
 
-    def _until_expiry(self) -> float:
-        """In how many seconds the first session is to be replaced."""
+    def _expiry(self) -> float:
+        """When the first session is to be replaced."""
         if self._max_age is None:
             return math.inf
-        return min(
-            (self._max_age - session.age for session in self._sessions if session.accepting), default=math.inf
-        )
+        opened = (session.opened for session in self._sessions if session.accepting)
+        return min(opened, default=math.inf) + self._max_age
 
-    def _retire_expired(self) -> None:
-        for session in self._sessions:
-            if self._max_age is not None and session.accepting and session.age >= self._max_age:
-                session.retire(_EXPIRED)
+    def _retire_oldest_if_expired(self) -> None:
+        if self._expiry() <= anyio.current_time():
+            next(session for session in self._sessions if session.accepting).retire(_EXPIRED)
 
     # Tasks
 
@@ -266,19 +264,21 @@ class Supervisor:
         try:
             with self._keeper:
                 while True:
-                    if not self._wanted() and self._until_expiry() > 0:
-                        with anyio.move_on_after(self._until_expiry()):
+                    # Points in time, not differences, which can round to no time at all.
+                    expired = self._expiry() <= anyio.current_time()
+                    if not self._wanted() and not expired:
+                        with anyio.CancelScope(deadline=self._expiry()):
                             await self._wake_keeper.wait()
                     elif self._failures and not await self._pause(backoff):
                         return
-                    elif self._wanted() or self._until_expiry() <= 0:
+                    elif self._wanted() or expired:
                         await self._open()
         finally:
             self._kept.set()
 
     async def _pause(self, backoff: Backoff) -> bool:
         """Wait before the next attempt; false: there are to be no more."""
-        if self._cause is None and self._sessions[-1].age >= backoff.healthy:
+        if self._cause is None and anyio.current_time() - self._sessions[-1].opened >= backoff.healthy:
             self._failures = 0
             return True
         alone = not any(session.accepting for session in self._sessions)
@@ -307,5 +307,5 @@ class Supervisor:
         if cause is not None:
             self.stats.reconnects += 1
             logger.info("connection to %s:%d replaced", *self._address)
-        self._retire_expired()
+        self._retire_oldest_if_expired()
         self.serve()
