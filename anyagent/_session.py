@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import anyio
+import anyio.lowlevel
 import msgspec
 
 from . import im, om
@@ -101,7 +102,7 @@ class Session:
         self._last_error: om.Error | None = None
         self._failure: Failure | None = None
         self._closing = False
-        self._heard = anyio.current_time()
+        self._heard = transport.heard
         self._pinged: float | None = None
         self._receiver_done = anyio.Event()
         self._running = anyio.Event()
@@ -215,7 +216,7 @@ class Session:
                 while self._full:
                     await self._room.wait()
                 batch = await self._transport.receive()
-                self._heard = anyio.current_time()
+                self._heard = self._transport.heard
                 if self._pinged is not None:
                     self._stats.ping_round_trip = self._heard - self._pinged
                     self._pinged = None
@@ -238,17 +239,20 @@ class Session:
             self._start_closing()
 
     async def _beat(self, heartbeat: Heartbeat) -> None:
+        transport = self._transport
         while True:
+            # Points in time, not differences, which can round to no time at all.
+            quiet_until = transport.heard + heartbeat.interval
             if self._full:
-                self._heard = anyio.current_time()  # nobody listens
-            quiet = anyio.current_time() - self._heard
-            if quiet < heartbeat.interval:
-                await anyio.sleep(heartbeat.interval - quiet)
+                quiet_until = anyio.current_time() + heartbeat.interval  # nobody listens
+            if anyio.current_time() < quiet_until:
+                await anyio.sleep_until(quiet_until)
                 continue
             asked = self._pinged = anyio.current_time()
-            self._transport.ping()
+            transport.ping()
             await anyio.sleep(heartbeat.timeout)
-            if self._heard < asked and not self._full:
+            await anyio.lowlevel.checkpoint()  # if this task comes late, an answer may wait in the socket
+            if transport.heard < asked and not self._full:
                 reason = f"nothing heard for {heartbeat.interval + heartbeat.timeout:g} s"
                 self._fail(Failure(1006, reason), close_code=1011)
                 return
@@ -321,7 +325,7 @@ class Session:
 
     def _make_room(self, request: Request) -> None:
         self._full.remove(request)
-        self._heard = anyio.current_time()
+        self._transport.heard = anyio.current_time()  # nobody listened before
         if not self._full:
             self._room.wake()
 

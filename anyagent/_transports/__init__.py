@@ -55,6 +55,9 @@ With TLS, writing raises `anyio.EndOfStream`, too; and where the peer makes writ
 on Trio, reading write (a key update), while the other direction is busy, `anyio.BusyResourceError`.
 """
 
+FEED_SIZE: Final = 4 * 1024
+"""How many bytes to give to the library at once: of tiny control frames, a megabyte would take it seconds."""
+
 READ_SIZE: Final = 1024 * 1024
 """How many bytes to read at once: the more, the fewer hand-overs when many requests are answered together."""
 
@@ -88,9 +91,12 @@ class Transport(abc.ABC):
     stats: AgentStats
     """Where to count the bytes that are received and sent."""
 
+    heard: float
+    """When bytes arrived most recently, or some of those were worked on, by `anyio.current_time`."""
+
     @abc.abstractmethod
     async def receive(self) -> list[bytes]:
-        """Read from the socket once; return the text messages (UTF-8) that this completed, often none.
+        """Read from the socket at most once; return the text messages (UTF-8) that are complete, often none.
 
         Raises `TransportClosed` after the last message. Cancelled: the connection is of no further use.
         """

@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 import anyio
+import anyio.lowlevel
 from websockets.client import ClientProtocol
 from websockets.exceptions import PayloadTooBig
 from websockets.frames import Frame, Opcode
@@ -20,6 +21,7 @@ from . import (
     BAD_UTF8,
     BINARY_MESSAGE,
     CUT_OFF,
+    FEED_SIZE,
     HANDSHAKE_CUT,
     INVALID_HANDSHAKE,
     LOST,
@@ -81,6 +83,7 @@ class AsyncioTransport(Transport):
     def __init__(self, stream: ByteStream, protocol: ClientProtocol, splitter: FrameSplitter) -> None:
         self.output_ready = lambda: None
         self.stats = AgentStats()
+        self.heard = anyio.current_time()
         self._stream = stream
         self._protocol = protocol
         self._splitter = splitter
@@ -89,6 +92,7 @@ class AsyncioTransport(Transport):
         self._binary = False
         self._end: TransportClosed | None = None
         self._arrived_with_handshake = b""
+        self._unfed = memoryview(b"")  # what the protocol has yet to be given
 
     async def handshake(self) -> None:
         """Send the request; wait for the answer. Raises `ConnectError`."""
@@ -111,25 +115,40 @@ class AsyncioTransport(Transport):
     async def receive(self) -> list[bytes]:
         if self._end is not None:
             raise self._end
-        data, self._arrived_with_handshake = self._arrived_with_handshake, b""
-        try:
-            data = data or await self._stream.receive(READ_SIZE)
-            self.stats.bytes_received += len(data)
-            messages, rest = self._splitter.split(data)
-        except anyio.EndOfStream:
-            self._protocol.receive_eof()
-            messages = self._collect()
-        except LOST_CONNECTION as exc:
-            raise TransportClosed(1006, LOST) from exc
+        messages: list[bytes] = []
+        at_eof = False
+        if self._unfed:
+            await anyio.lowlevel.checkpoint()
         else:
-            if rest or self._splitter.exceeded:
-                self._protocol.receive_data(rest)
-                messages += self._collect()
-                if self._take_output():
-                    self.output_ready()
+            try:
+                messages, at_eof = await self._read()
+            except LOST_CONNECTION as exc:
+                raise TransportClosed(1006, LOST) from exc
+        self.heard = anyio.current_time()
+        if at_eof:
+            self._protocol.receive_eof()
+        if self._unfed or at_eof or self._splitter.exceeded:
+            if self._unfed:
+                self._protocol.receive_data(bytes(self._unfed[:FEED_SIZE]))
+                self._unfed = self._unfed[FEED_SIZE:]
+            messages += self._collect()
+            if self._take_output():
+                self.output_ready()
         if self._end is not None and not messages:
             raise self._end
         return messages
+
+    async def _read(self) -> tuple[list[bytes], bool]:
+        """Read; return the texts that could be taken out, and whether this was the end."""
+        data, self._arrived_with_handshake = self._arrived_with_handshake, b""
+        try:
+            data = data or await self._stream.receive(READ_SIZE)
+        except anyio.EndOfStream:
+            return [], True
+        self.stats.bytes_received += len(data)
+        messages, rest = self._splitter.split(data)
+        self._unfed = memoryview(rest)
+        return messages, False
 
     def _collect(self) -> list[bytes]:
         """The whole messages among what the protocol has parsed; sets `_end` if they were the last."""
@@ -155,7 +174,7 @@ class AsyncioTransport(Transport):
         failure, close = self._protocol.parser_exc, self._protocol.close_rcvd
         if isinstance(failure, EOFError):
             self._end = TransportClosed(1006, CUT_OFF)
-        elif isinstance(failure, PayloadTooBig) or self._splitter.exceeded:
+        elif isinstance(failure, PayloadTooBig) or (self._splitter.exceeded and not self._unfed):
             self._end = TransportClosed(1009, TOO_LARGE, violation=True)
         elif isinstance(failure, UnicodeDecodeError):
             self._end = TransportClosed(1007, BAD_UTF8, violation=True)

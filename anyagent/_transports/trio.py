@@ -23,6 +23,7 @@ from . import (
     BINARY_MESSAGE,
     CLOSE,
     CUT_OFF,
+    FEED_SIZE,
     HANDSHAKE_CUT,
     INVALID_HANDSHAKE,
     LOST,
@@ -130,6 +131,7 @@ class TrioTransport(Transport):
     def __init__(self, stream: ByteStream, message_size: int) -> None:
         self.output_ready = lambda: None
         self.stats = AgentStats()
+        self.heard = trio.current_time()
         self._stream = stream
         self._message_size = message_size
         self._splitter = FrameSplitter(message_size)
@@ -140,6 +142,7 @@ class TrioTransport(Transport):
         self._opened = False
         self._finished = False
         self._arrived_with_handshake = b""
+        self._unfed = memoryview(b"")  # what the library has yet to be given
         self._end: TransportClosed | None = None
 
     async def run_library(self, target: Target) -> None:
@@ -205,25 +208,37 @@ class TrioTransport(Transport):
     async def receive(self) -> list[bytes]:
         if self._end is not None:
             raise self._end
-        data, self._arrived_with_handshake = self._arrived_with_handshake, b""
+        messages: list[bytes] = []
         at_eof = False
-        try:
-            data = data or await self._stream.receive(READ_SIZE)
-            self.stats.bytes_received += len(data)
-            messages, rest = self._splitter.split(data)
-        except anyio.EndOfStream:
-            at_eof = True
-            messages, rest = [], b""
-        except LOST_CONNECTION as exc:
-            raise TransportClosed(1006, LOST) from exc
-        if rest or at_eof:
-            self._feed.put(rest)
+        if self._unfed:
+            await trio.lowlevel.checkpoint()
+        else:
+            try:
+                messages, at_eof = await self._read()
+            except LOST_CONNECTION as exc:
+                raise TransportClosed(1006, LOST) from exc
+        self.heard = trio.current_time()
+        if self._unfed or at_eof:
+            self._feed.put(bytes(self._unfed[:FEED_SIZE]))
+            self._unfed = self._unfed[FEED_SIZE:]
             messages += await self._digest()
         if self._end is None:
             self._end = self._find_end(at_eof)
         if self._end is not None and not messages:
             raise self._end
         return messages
+
+    async def _read(self) -> tuple[list[bytes], bool]:
+        """Read; return the texts that could be taken out, and whether this was the end."""
+        data, self._arrived_with_handshake = self._arrived_with_handshake, b""
+        try:
+            data = data or await self._stream.receive(READ_SIZE)
+        except anyio.EndOfStream:
+            return [], True
+        self.stats.bytes_received += len(data)
+        messages, rest = self._splitter.split(data)
+        self._unfed = memoryview(rest)
+        return messages, False
 
     def _find_end(self, at_eof: bool) -> TransportClosed | None:
         closed = self._connection.closed
@@ -236,7 +251,7 @@ class TrioTransport(Transport):
         if closed is not None or self._finished:
             detail = "" if closed is None else f": {closed.reason}"
             return TransportClosed(1002, f"{VIOLATION}{detail}", violation=True)
-        if self._splitter.exceeded:
+        if self._splitter.exceeded and not self._unfed:
             return TransportClosed(1009, TOO_LARGE, violation=True)
         return None
 

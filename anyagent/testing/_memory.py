@@ -78,12 +78,14 @@ class _MemoryTransport(Transport):
     def __init__(self, peer: MemoryPeer) -> None:
         self.output_ready: Callable[[], None] = lambda: None
         self.stats = AgentStats()
+        self.heard = anyio.current_time()
         self._peer = peer
 
     async def receive(self) -> list[bytes]:
         arrived = await self._peer._client_receives.receive()
         if isinstance(arrived, TransportClosed):
             raise arrived
+        self.heard = anyio.current_time()
         return arrived
 
     async def send(self, messages: list[bytes]) -> None:
