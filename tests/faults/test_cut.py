@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 import pytest
 
-from anyagent import IM, OM, AnyAgentError, ConnectError, Disconnected, open_agent
+from anyagent import IM, OM, AnyAgentError, Backoff, ConnectError, Disconnected, open_agent
 from anyagent.testing import AgentReply, embedded_agent
 
 from .proxy import Connection, Cut, Faults, Proxy, Reset, proxy_to
@@ -128,6 +128,28 @@ async def test_a_connection_killed_after_any_byte_ends_its_request_and_no_prompt
     assert max(seen.values()) == 1
     endings = collections.Counter(ending(exchange) for exchange in exchanges)
     assert {"ConnectError", "sent", "started", "completed"} <= endings.keys()
+    figure(", ".join(f"{count} {name}" for name, count in sorted(endings.items())))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
+@pytest.mark.parametrize("way", ["to_agent", "to_client"])
+@pytest.mark.parametrize("kill", [Cut, Reset])
+async def test_with_reconnect_no_prompt_is_seen_twice_either(
+    way: str, kill: type[Cut | Reset], figure: Callable[[str], None]
+) -> None:
+    reconnect = Backoff(initial=0.001, maximum=0.002)
+    with embedded_agent(answer) as server, proxy_to(server.port) as proxy:
+        exchanges = await kill_at_every_byte(proxy, way, kill, reconnect=reconnect)
+    seen = collections.Counter(each.text for each in server.received if isinstance(each, IM.UserMessage))
+    assert set(seen.values()) == {1}
+    for exchange in exchanges:
+        if isinstance(exchange.error, Disconnected):
+            assert exchange.error.phase in ("sent", "started")
+        elif exchange.error is None:
+            assert (seen[exchange.prompt], len(exchange.events)) == (1, 4)
+        else:
+            assert isinstance(exchange.error, ConnectError)
+    endings = collections.Counter(ending(exchange) for exchange in exchanges)
     figure(", ".join(f"{count} {name}" for name, count in sorted(endings.items())))
 
 
