@@ -1,5 +1,6 @@
 """The logger ``anyagent``.
 
+* ERROR: no connection came about in as many attempts as were allowed.
 * WARNING: a connection was lost or could not be replaced, a response failed because nobody read it.
 * INFO: the agent announced that it will disconnect, a connection was replaced.
 * DEBUG: a connection was opened or closed.

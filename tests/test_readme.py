@@ -34,7 +34,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh", "json", ""}
-    assert (len(PROGRAMS), len(TESTS)) == (3, 1)
+    assert (len(PROGRAMS), len(TESTS)) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,17 @@ def test_the_settings_table_gives_every_field_and_its_default() -> None:
     assert table.keys() == expected.keys()
     for name, shown in expected.items():
         assert table[name].startswith(shown), name
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    promised = re.findall(r"^\| .* \| `(test_\w+)` \|$", README, re.MULTILINE)
+    tests = {
+        name
+        for path in Path(__file__).parent.rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    assert len(promised) > 30
+    assert set(promised) - tests == set()
 
 
 def test_the_error_tree_names_every_error() -> None:
