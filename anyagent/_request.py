@@ -130,6 +130,7 @@ class Request:
         """Add an event that `push` refused, beyond the limit; not where nobody takes any before the end."""
         if self._collecting:
             return False
+        self._join_tail(self._pending)  # what waits there comes before it
         self._pending.append(event)
         self._size += size
         self.full = True
@@ -155,6 +156,7 @@ class Request:
 
         It begins with those in `unread`, which were taken before. From then on the end alone is an `arrival`.
         """
+        self._note_high_water(len(self._pending))
         self._collecting = True
         waiting = [*unread, *self._pending, *self._tail]
         self._texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
@@ -204,6 +206,9 @@ class Request:
     def _squeeze_in(self, event: AgentEvent) -> None:
         """Add an event beyond the limit, by joining chunks."""
         pending = self._pending
+        if self.full:
+            pending.append(event)  # there will be few of them, and joining takes a pass over all
+            return
         if isinstance(event, _MERGEABLE) and type(event) is type(pending[-1]):
             self._tail.append(event)
             if len(self._tail) >= self._events_limit:

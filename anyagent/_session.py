@@ -110,6 +110,8 @@ class Session:
         self._scope = anyio.CancelScope(shield=True)
         self._tasks: TaskGroup
         self._writer = Writer(transport, owner.new_waker(), owner.serve)
+        self._stats.bytes_received += transport.stats.bytes_received  # the first status
+        self._stats.bytes_sent += transport.stats.bytes_sent
         transport.stats = owner.stats
 
     # What the owner calls

@@ -13,8 +13,6 @@ import anyio.lowlevel
 import pytest
 
 from anyagent import IM, OM, Agent, ProtocolError, Response
-from anyagent._transports import waker_factory
-from anyagent._writer import Outgoing, Writer
 from anyagent.dialects import Dialect
 from anyagent.testing import MemoryPeer, memory_agent
 
@@ -438,21 +436,3 @@ async def test_a_lane_that_is_used_again_drains_even_where_the_wire_can_cancel()
         await peer.receive()
         peer.send(OM.EventTextChunk("mine", id="A"), OM.EventEnd(1, id="A"))
         assert (await second.collect()).text == "mine"
-
-
-async def test_withdrawing_a_message_that_the_writer_no_longer_holds_changes_nothing() -> None:
-    peer = MemoryPeer()
-    async with anyio.create_task_group() as tasks:
-        writer = Writer(await peer.connect(tasks), waker_factory()(), lambda: None)
-        tasks.start_soon(writer.run)
-        outgoing = Outgoing(IM.encode(IM.Cancel("1")))
-        writer.queue(outgoing)
-        assert await peer.receive() == IM.Cancel("1")
-        writer.withdraw(outgoing)
-        await writer.flushed()
-        tasks.cancel_scope.cancel()
-    peer.end()
-
-
-def test_what_waits_for_the_writer_does_not_show_the_prompt() -> None:
-    assert "secret" not in repr(Outgoing(b"secret"))

@@ -55,11 +55,14 @@ With TLS, writing raises `anyio.EndOfStream`, too; and where the peer makes writ
 on Trio, reading write (a key update), while the other direction is busy, `anyio.BusyResourceError`.
 """
 
-FEED_SIZE: Final = 4 * 1024
-"""How many bytes to give to the library at once: of tiny control frames, a megabyte would take it seconds."""
+FEED_SIZE: Final = 1024
+"""How many bytes to give to the library at once where they may hold many frames (see `FRAMES_AT_ONCE`)."""
 
 READ_SIZE: Final = 1024 * 1024
 """How many bytes to read at once: the more, the fewer hand-overs when many requests are answered together."""
+
+DENSE_READ_SIZE: Final = 16 * 1024
+"""Likewise, behind a read that held many frames for the library."""
 
 _STATUS_LINE: Final = re.compile(rb"HTTP/\d\.\d (\d{3})[ \r\n]")
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")

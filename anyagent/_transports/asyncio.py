@@ -21,6 +21,7 @@ from . import (
     BAD_UTF8,
     BINARY_MESSAGE,
     CUT_OFF,
+    DENSE_READ_SIZE,
     FEED_SIZE,
     HANDSHAKE_CUT,
     INVALID_HANDSHAKE,
@@ -129,8 +130,9 @@ class AsyncioTransport(Transport):
             self._protocol.receive_eof()
         if self._unfed or at_eof or self._splitter.exceeded:
             if self._unfed:
-                self._protocol.receive_data(bytes(self._unfed[:FEED_SIZE]))
-                self._unfed = self._unfed[FEED_SIZE:]
+                portion = FEED_SIZE if self._splitter.dense else len(self._unfed)
+                self._protocol.receive_data(bytes(self._unfed[:portion]))
+                self._unfed = self._unfed[portion:]
             messages += self._collect()
             if self._take_output():
                 self.output_ready()
@@ -141,8 +143,9 @@ class AsyncioTransport(Transport):
     async def _read(self) -> tuple[list[bytes], bool]:
         """Read; return the texts that could be taken out, and whether this was the end."""
         data, self._arrived_with_handshake = self._arrived_with_handshake, b""
+        size = DENSE_READ_SIZE if self._splitter.dense else READ_SIZE
         try:
-            data = data or await self._stream.receive(READ_SIZE)
+            data = data or await self._stream.receive(size)
         except anyio.EndOfStream:
             return [], True
         self.stats.bytes_received += len(data)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["FRAGMENTS", "FrameSplitter"]
+__all__ = ["FRAGMENTS", "FRAMES_AT_ONCE", "FrameSplitter"]
 
 FRAGMENTS: Final = 128 * 1024
 """In how many frames a message may come; each costs the library memory, however little it holds."""
+
+FRAMES_AT_ONCE: Final = 256
+"""How many frames the library may be given at once: the half million that a read may hold take it seconds."""
 
 # First bytes of a frame: FIN, three reserved bits, opcode (RFC 6455, section 5.2).
 _TEXT: Final = 0x81
@@ -36,17 +39,19 @@ class FrameSplitter:
 
     `exceeded` is set when a message is larger than `message_size` bytes or comes in more than `FRAGMENTS`
     frames, by what their headers say: the frame that goes too far, and all behind it, is kept from the
-    library, too.
+    library, too. `dense` is whether the newest rest may hold more than `FRAMES_AT_ONCE` frames.
     """
 
     def __init__(self, message_size: int) -> None:
         self.exceeded = False
+        self.dense = False
         self._message_size = message_size
         self._header = b""  # of the text frame of whose text the beginning is held
         self._held = bytearray()  # else: the beginning of a frame, or of the header of one to be passed on
         self._wanted = 0  # how much has to be held before there is something to do
         self._broken = False
         self._payload = 0  # how much is still to come of a payload that is being passed on
+        self._frames = 0  # in the newest rest
         self._size = 0  # of the message that is being passed on in fragments
         self._fragments = 0
 
@@ -59,7 +64,7 @@ class FrameSplitter:
             return [], b""
         texts: list[bytes] = []
         passed: list[bytes] = []
-        start = 0
+        self._frames = start = 0
         header, self._header = self._header, b""
         if header or self._held:
             missing = self._wanted - len(self._held)
@@ -79,7 +84,7 @@ class FrameSplitter:
         if not (self._payload or self._fragments or self._broken):
             position, passing = self._take(data, start, texts, passed)
             if not _is_utf8(texts):
-                self._broken = True
+                self._broken = self.dense = True
                 self._header = b""
                 return [], b"".join((header, texts[0], data[start:])) if header else data
         if passing:
@@ -88,6 +93,7 @@ class FrameSplitter:
             position = end
         if position < len(data) and not self.exceeded:
             self._held += data[position:]
+        self.dense = self._broken or len(passed) + self._frames > FRAMES_AT_ONCE
         return texts, b"".join(passed)
 
     def _take(self, data: bytes, position: int, texts: list[bytes], passed: list[bytes]) -> tuple[int, bool]:
@@ -135,6 +141,7 @@ class FrameSplitter:
         """
         available = len(data)
         while not self._broken:
+            self._frames += 1
             step = min(self._payload, available - position)
             self._payload -= step
             position += step

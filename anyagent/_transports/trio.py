@@ -8,7 +8,9 @@ waits for the peer's answer to them, and writes no close frame when the peer bre
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, cast
+import contextvars
+import logging
+from typing import TYPE_CHECKING, Final, cast
 
 import anyio
 import trio
@@ -23,6 +25,7 @@ from . import (
     BINARY_MESSAGE,
     CLOSE,
     CUT_OFF,
+    DENSE_READ_SIZE,
     FEED_SIZE,
     HANDSHAKE_CUT,
     INVALID_HANDSHAKE,
@@ -48,6 +51,10 @@ if TYPE_CHECKING:
     from . import Waker
 
 __all__ = ["TrioTransport", "connect_tcp", "open_transport", "thread_scheduler", "waker_factory"]
+
+_ours: Final = contextvars.ContextVar("anyagent's", default=False)
+# trio-websocket logs the payload of a ping and the reason of a close at DEBUG; not for our connections.
+logging.getLogger("trio-websocket").addFilter(lambda record: not _ours.get())
 
 
 class _Feed(trio.abc.Stream):
@@ -147,6 +154,7 @@ class TrioTransport(Transport):
 
     async def run_library(self, target: Target) -> None:
         """Run trio-websocket's reader."""
+        _ours.set(True)
         try:
             with self._scope:
                 async with trio.open_nursery() as reader:
@@ -183,6 +191,7 @@ class TrioTransport(Transport):
                 self._feed.put(answer)
                 await self._digest()
                 await trio.lowlevel.checkpoint()  # the library wakes `run_library` and us, in any order
+            self.stats = AgentStats()  # without the handshake
         except LOST_CONNECTION as exc:
             raise ConnectError(HANDSHAKE_CUT) from exc
 
@@ -219,8 +228,9 @@ class TrioTransport(Transport):
                 raise TransportClosed(1006, LOST) from exc
         self.heard = trio.current_time()
         if self._unfed or at_eof:
-            self._feed.put(bytes(self._unfed[:FEED_SIZE]))
-            self._unfed = self._unfed[FEED_SIZE:]
+            portion = FEED_SIZE if self._splitter.dense else len(self._unfed)
+            self._feed.put(bytes(self._unfed[:portion]))
+            self._unfed = self._unfed[portion:]
             messages += await self._digest()
         if self._end is None:
             self._end = self._find_end(at_eof)
@@ -231,8 +241,9 @@ class TrioTransport(Transport):
     async def _read(self) -> tuple[list[bytes], bool]:
         """Read; return the texts that could be taken out, and whether this was the end."""
         data, self._arrived_with_handshake = self._arrived_with_handshake, b""
+        size = DENSE_READ_SIZE if self._splitter.dense else READ_SIZE
         try:
-            data = data or await self._stream.receive(READ_SIZE)
+            data = data or await self._stream.receive(size)
         except anyio.EndOfStream:
             return [], True
         self.stats.bytes_received += len(data)
