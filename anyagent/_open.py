@@ -127,10 +127,6 @@ class Endpoint:
                 self._target = Target.parse(self._url, headers, self._target.ssl_context)
 
 
-async def _renew_nothing(cause: AnyAgentError | None) -> None:
-    return
-
-
 @asynccontextmanager
 async def run_agent(
     connect: Connect,
@@ -140,7 +136,7 @@ async def run_agent(
     timeouts: Timeouts,
     heartbeat: Heartbeat | None,
     reconnect: Backoff | None = None,
-    renew: Renew = _renew_nothing,
+    renew: Renew | None = None,
     on_notice: OnNotice | None,
     address: tuple[str, int] = ("memory", 0),
     connections: int = 1,
@@ -153,7 +149,8 @@ async def run_agent(
 
     async def establish_again(task_group: TaskGroup, cause: AnyAgentError | None) -> Established:
         async def renew_and_connect(task_group: TaskGroup) -> Transport:
-            await renew(cause)
+            if renew is not None:
+                await renew(cause)
             return await connect(task_group)
 
         return await establish(renew_and_connect, task_group, chosen, timeouts)

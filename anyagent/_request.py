@@ -56,8 +56,7 @@ class Request:
     `queued` are its messages that wait for the writer.
 
     Events wait here until the consumer takes them, all at once; it is woken when there is a first one. A
-    consumer that collects is woken at the end, and only the text is kept for it. `full`: events are held
-    beyond the limits, and `on_room` is called when they are taken.
+    consumer that collects is woken at the end, and only the text is kept for it.
     """
 
     def __init__(self, message: im.UserMessage, limits: Limits, totals: AgentStats, waker: Waker) -> None:
@@ -66,8 +65,7 @@ class Request:
         self.lane = ""
         self.registered = False
         self.claimed = False
-        self.full = False
-        self.on_room: Callable[[Request], object] | None = None
+        self._on_room: Callable[[Request], object] | None = None
         self.phase: Phase = "not_sent"
         self.stats = ResponseStats()
         self.end: EventEnd | None = None
@@ -126,14 +124,17 @@ class Request:
                 self._waker.wake()
         self._size = total
 
-    def hold(self, event: AgentEvent, size: int) -> bool:
-        """Add an event that `push` refused, beyond the limit; not where nobody takes any before the end."""
+    def hold(self, event: AgentEvent, size: int, on_room: Callable[[Request], object]) -> bool:
+        """Add an event that `push` refused, beyond the limit; not where nobody takes any before the end.
+
+        `on_room` is called when what waits has been taken, or the outcome is fixed.
+        """
         if self._collecting:
             return False
         self._join_tail(self._pending)  # what waits there comes before it
         self._pending.append(event)
         self._size += size
-        self.full = True
+        self._on_room = on_room
         return True
 
     def arrival(self) -> Awaitable[None]:
@@ -195,10 +196,9 @@ class Request:
             totals.buffered_bytes = self._size
 
     def _make_room(self) -> None:
-        if self.full:
-            self.full = False
-            if self.on_room is not None:
-                self.on_room(self)
+        on_room, self._on_room = self._on_room, None
+        if on_room is not None:
+            on_room(self)
 
     def _keeps(self, event: AgentEvent) -> bool:
         return not self._collecting or isinstance(event, EventTextChunk)
@@ -206,7 +206,7 @@ class Request:
     def _squeeze_in(self, event: AgentEvent) -> None:
         """Add an event beyond the limit, by joining chunks."""
         pending = self._pending
-        if self.full:
+        if self._on_room is not None:
             pending.append(event)  # there will be few of them, and joining takes a pass over all
             return
         if isinstance(event, _MERGEABLE) and type(event) is type(pending[-1]):

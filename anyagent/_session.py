@@ -163,12 +163,11 @@ class Session:
 
     def retire(self, failure: Failure) -> None:
         """Take no new request; what was written runs to its end, and then the connection is closed."""
-        if self._retiring is None and self._failure is None:
-            self._retiring = failure
-            self._refuse(failure)
-            self._give_back(failure)
-            if not self._requests:
-                self._fail(failure)
+        self._retiring = failure
+        self._refuse(failure)
+        self._give_back(failure)
+        if not self._requests:
+            self._fail(failure)
 
     async def aclose(self) -> None:
         """Cancel what is in flight, close with a handshake, end all tasks; not to be cancelled."""
@@ -317,8 +316,7 @@ class Session:
 
     def _overflow(self, request: Request, event: om.AgentEvent, size: int, error: SlowConsumerError) -> int:
         """See to an event that is one too many; return how many were delivered."""
-        if self._limits.overflow == "block" and request.hold(event, size):
-            request.on_room = self._make_room
+        if self._limits.overflow == "block" and request.hold(event, size, self._make_room):
             self._full.add(request)
             return 1
         logger.warning("request %s failed: its consumer is slow (Limits.%s)", request.lane, error.limit)

@@ -83,9 +83,6 @@ class Peers:
     ) -> AsyncIterator[Agent]:
         """A client of these peers; its settings are those of `open_pool`."""
 
-        async def renew_nothing(cause: AnyAgentError | None) -> None:
-            return
-
         try:
             async with run_agent(
                 self.connect,
@@ -94,7 +91,7 @@ class Peers:
                 timeouts=timeouts,
                 heartbeat=heartbeat,
                 reconnect=reconnect,
-                renew=renew or renew_nothing,
+                renew=renew,
                 on_notice=on_notice,
                 connections=connections,
                 max_age=max_age,
