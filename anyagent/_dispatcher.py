@@ -36,6 +36,9 @@ class Connection(Protocol):
     def start(self, request: Request) -> None:
         """Give a lane to `request` and queue its message; the request is settled if it has no encoding."""
 
+    def claim(self, request: Request) -> None:
+        """The caller of `request` knows of it, so that its message may be written."""
+
     def leave(self, request: Request) -> None:
         """The consumer of `request` leaves."""
 
@@ -97,9 +100,10 @@ class Dispatcher:
         except BaseException:
             self.leave(request)
             raise
-        if request.phase == "not_sent" and request.error is not None:
+        if request.connection is None or request.settled:
+            assert request.error is not None, "nobody else can leave it"
             raise request.error
-        request.claimed = True
+        request.connection.claim(request)
         return request
 
     def serve(self) -> None:
@@ -124,8 +128,7 @@ class Dispatcher:
             request.connection.leave(request)
         elif not request.settled:
             del self._waiting[request]
-            if request.registered:
-                self._stats.cancelled += 1
+            self._stats.cancelled += request.claimed
             request.settle(None, anyio.current_time())
         request.discard()
 
@@ -135,8 +138,7 @@ class Dispatcher:
             self._closed = error
             waiting, self._waiting = self._waiting, OrderedDict()
             for request in waiting:
-                if request.registered:
-                    self._stats.failed += 1
+                self._stats.failed += request.claimed
                 request.settle(error(), anyio.current_time())
 
     def _least_loaded(self) -> Connection | None:

@@ -15,7 +15,7 @@ from ._supervisor import Supervisor
 from ._target import Target
 from .config import Heartbeat, Limits, Timeouts
 from .dialects import by_name
-from .errors import AnyAgentError
+from .errors import AnyAgentError, ConnectError
 
 if TYPE_CHECKING:
     import ssl
@@ -58,10 +58,11 @@ async def open_agent(
     * `ssl_context`: for ``wss://``; by default `ssl.create_default_context`, which verifies.
     * `limits`, `timeouts`, `heartbeat`: see `Limits`, `Timeouts`, `Heartbeat`; ``heartbeat=None`` sends none.
     * `reconnect`: with a `Backoff`, a lost connection is replaced; by default it is not.
-    * `on_reconnect`: an async function that is awaited before each further connection is opened, within
-      ``timeouts.connect``. It is given the error that made it necessary, and returns new headers (a fresh
-      token) in place of the present ones, or ``None``. A `ConnectError` or `TimeoutError` in it is a failed
-      attempt, any other exception ends the block, and comes out of it as itself.
+    * `on_reconnect`: an async function that is awaited before each further connection is opened, for
+      ``timeouts.connect`` at most. It is given the error that made it necessary (``None``: none did), and
+      returns new headers (a fresh token) in place of the present ones, or ``None``. A `ConnectError` or
+      `TimeoutError` in it is a failed attempt; any other exception ends the block, and comes out of it as
+      itself.
     * `on_notice`: called, in order, with every message behind the first status that belongs to no request.
       It runs on the receiver, so it must not block. An exception in it ends the block, and comes out of it
       as itself.
@@ -79,7 +80,8 @@ async def open_agent(
     `Disconnected`. With `reconnect`, requests whose message was not yet begun to be written, and later ones,
     wait for the next connection instead, as long as their callers let them. A message whose writing has begun
     is never sent a second time: its request fails with `Disconnected`, whose `phase` tells how far it came.
-    After an ``OM.GracefulDisconnect`` new requests go to another connection at once.
+    After an ``OM.GracefulDisconnect`` new requests go to another connection, while the others run to their
+    end on the old one.
     """
     endpoint = Endpoint(url, headers, ssl_context, limits.message_size, on_reconnect)
     async with run_agent(
@@ -148,12 +150,13 @@ async def run_agent(
     chosen = by_name(dialect) if isinstance(dialect, str) else dialect
 
     async def establish_again(task_group: TaskGroup, cause: AnyAgentError | None) -> Established:
-        async def renew_and_connect(task_group: TaskGroup) -> Transport:
-            if renew is not None:
-                await renew(cause)
-            return await connect(task_group)
-
-        return await establish(renew_and_connect, task_group, chosen, timeouts)
+        if renew is not None:
+            try:
+                with anyio.fail_after(timeouts.connect):
+                    await renew(cause)
+            except TimeoutError as exc:
+                raise ConnectError(f"no new headers within {timeouts.connect:g} s") from exc
+        return await establish(connect, task_group, chosen, timeouts)
 
     supervisor: Supervisor | None = None
     outcome: BaseException | None = None
@@ -174,10 +177,11 @@ async def run_agent(
                     max_age=max_age,
                     on_notice=on_notice,
                 )
+                block = anyio.CancelScope()
+                supervisor.on_crash = block.cancel
                 task_group.start_soon(supervisor.run)
                 await supervisor.started()
-                with anyio.CancelScope() as block:
-                    supervisor.on_crash = block.cancel
+                with block:
                     yield Agent(supervisor)
             except BaseException as exc:
                 outcome = exc
@@ -198,9 +202,10 @@ async def run_agent(
 
 def _gives_way(outcome: BaseException | None, crash: BaseException) -> bool:
     """Whether `crash`, which came from one of our tasks, comes out instead of the block's own `outcome`."""
-    if outcome is None or isinstance(outcome, (AnyAgentError, anyio.get_cancelled_exc_class())):
+    cancelled = anyio.get_cancelled_exc_class()
+    if outcome is None or isinstance(outcome, (AnyAgentError, cancelled)):
         return True
-    return isinstance(outcome, Exception) and not isinstance(crash, Exception)
+    return isinstance(outcome, Exception) and not isinstance(crash, (Exception, cancelled))
 
 
 def _without_group(exc: BaseException) -> BaseException:

@@ -48,8 +48,8 @@ class Request:
     """One `message` and everything that answers it.
 
     It waits for a `connection`, and on that has a `lane`. As long as its message was not written, it may be
-    taken from there and wait again. It is `registered` once it has had a lane, `claimed` once its caller
-    knows of that.
+    taken from there and wait again. It is `claimed` once its caller knows that it has had a lane; before, its
+    message is not to be written, as the caller may have been cancelled.
 
     It is `settled` once its outcome is fixed. The agent may still be answering then, if its lane has to be
     drained; `drained` is set when it has ended. In between, from its first event on, it is `streaming`.
@@ -63,7 +63,6 @@ class Request:
         self.message: im.UserMessage | None = message  # until it is written
         self.connection: Connection | None = None
         self.lane = ""
-        self.registered = False
         self.claimed = False
         self._on_room: Callable[[Request], object] | None = None
         self.phase: Phase = "not_sent"
@@ -99,7 +98,6 @@ class Request:
         """Give it a lane of `connection`."""
         self.connection = connection
         self.lane = lane
-        self.registered = True
         if not self.claimed:
             self._waker.wake()
 

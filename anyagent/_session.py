@@ -19,7 +19,7 @@ from ._writer import Outgoing, Writer
 from .errors import ProtocolError, SlowConsumerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from anyio.abc import TaskGroup
 
@@ -56,7 +56,7 @@ class Owner(Protocol):
     def unavailable(self, session: Session, failure: Failure) -> None:
         """The session takes no more requests."""
 
-    def take_back(self, requests: list[Request]) -> bool:
+    def take_back(self, requests: Iterable[Request]) -> bool:
         """Have `requests`, of which nothing was written, done by another session; false: there is none."""
 
     def crashed(self, exc: BaseException) -> None:
@@ -109,7 +109,7 @@ class Session:
         self._closed = anyio.Event()
         self._scope = anyio.CancelScope(shield=True)
         self._tasks: TaskGroup
-        self._writer = Writer(transport, owner.new_waker(), owner.serve)
+        self._writer = Writer(transport, owner.new_waker(), self._serve)
         self._stats.bytes_received += transport.stats.bytes_received  # the first status
         self._stats.bytes_sent += transport.stats.bytes_sent
         transport.stats = owner.stats
@@ -122,7 +122,7 @@ class Session:
 
     @property
     def ready(self) -> bool:
-        return self.accepting and self._lanes.free and not self._writer.full
+        return self.accepting and self._lanes.free and not (self._closing or self._writer.full)
 
     def start(self, request: Request) -> None:
         """Give a lane to `request` and queue its message; it is settled if that has no encoding."""
@@ -132,13 +132,18 @@ class Session:
             data = self._dialect.encode(msgspec.structs.replace(request.message, id=lane))
         except Exception as exc:
             self._lanes.release(lane)
+            self._stats.failed += request.claimed
             request.settle(exc, anyio.current_time())
             return
-        if not request.registered:
-            self._stats.requests += 1
         self._requests[lane] = request
         request.assign(self, lane)
         self._writer.queue(Outgoing(data, request))
+
+    def claim(self, request: Request) -> None:
+        """The caller of `request` knows of it, so that its message may be written."""
+        request.claimed = True
+        self._stats.requests += 1
+        self._writer.wake()
 
     async def send_tool_result(self, request: Request, call_id: str, output: str) -> None:
         """Queue a result and wait until the writer has taken it. Cancelled before that: it is not sent."""
@@ -158,7 +163,7 @@ class Session:
     def leave(self, request: Request) -> None:
         """The consumer of `request` leaves; the agent is told if it is still busy with it."""
         if not request.settled:
-            self._stats.cancelled += 1
+            self._stats.cancelled += request.claimed
             self._stop(request, None)
 
     def retire(self, failure: Failure) -> None:
@@ -174,7 +179,7 @@ class Session:
         await self._running.wait()
         for request in self._requests.values():
             if not request.settled:
-                self._stats.cancelled += 1
+                self._stats.cancelled += request.claimed
                 self._tell_to_stop(request)
                 self._settle(request, LEFT.for_request(request.phase))
         self._fail(LEFT)
@@ -389,7 +394,11 @@ class Session:
         elif isinstance(message, om.Error):
             self._last_error = message
         if self._owner.on_notice is not None:
-            self._owner.on_notice(message)
+            try:
+                self._owner.on_notice(message)
+            except anyio.get_cancelled_exc_class() as exc:  # of a task that it has asked for its result
+                self._owner.crashed(exc)
+                raise
 
     def _reject(self, exc: ProtocolError) -> None:
         """An invalid message fails its request, if it can be told whose it is; else everything."""
@@ -402,6 +411,7 @@ class Session:
         elif exc.request_id in self._tombstones:
             self._stats.late_events += 1
         else:
+            exc.__traceback__ = None  # which would keep this session and what it has read
             failure = Failure(exc.close_code, exc.reason, violation=exc, cause=exc.__cause__)
             self._fail(failure, exc.close_code)
 
@@ -449,6 +459,10 @@ class Session:
             self._fail(self._retiring)
         self._owner.serve()
 
+    def _serve(self) -> None:
+        if self.accepting:  # else those who wait would overtake those who are about to be given back
+            self._owner.serve()
+
     def _give_back(self, failure: Failure) -> None:
         """Part with the requests of which nothing was written: to another session, if there may be one."""
         unsent = [
@@ -456,15 +470,15 @@ class Session:
             for request in self._requests.values()
             if request.phase == "not_sent" and not request.settled
         ]
-        movable = [request for request in unsent if len(request.queued) == 1]  # no tool result behind it
+        movable = {request: None for request in unsent if len(request.queued) == 1}  # no tool result behind
         for request in unsent:
             del self._requests[request.lane]
             self._lanes.release(request.lane)
             self._withdraw_queued(request)
-        taken = movable if self._owner.take_back(movable) else []
+        taken = movable if self._owner.take_back(movable) else {}
         for request in unsent:
             if request not in taken:
-                self._stats.failed += 1
+                self._stats.failed += request.claimed
                 error = failure.for_request("not_sent") if request.claimed else failure.for_newcomer()
                 request.settle(error, anyio.current_time())
 
@@ -487,6 +501,7 @@ class Session:
             if not request.settled:
                 self._stats.failed += 1
                 self._settle(request, failure.for_request(request.phase))
+        self._owner.serve()  # the limit of all connections together has room for others now
         self._start_closing(close_code)
 
     def _start_closing(self, code: int = 1000) -> None:

@@ -19,7 +19,7 @@ from ._stats import AgentStats
 from .errors import ConnectError, Disconnected
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from anyio.abc import TaskGroup
 
@@ -45,7 +45,7 @@ class Supervisor:
     `backoff` there is no other time. A connection is opened when every other one has something to do, and
     before one that is older than `max_age` seconds is retired.
 
-    `run` is one task that holds all others; it is shielded, and ends with `aclose`. What is no connection's
+    `run` is one task that holds all others; it is shielded, and ends after `aclose`. What is no connection's
     fault (an exception in a callback, Ctrl-C in one of the tasks) is kept in `crash`, and `on_crash` is
     called.
     """
@@ -84,14 +84,12 @@ class Supervisor:
         self._failures = 0  # in a row: connections lost before they were healthy, and attempts in vain
         self._cause: AnyAgentError | None = None  # the newest of these
         self._first = first
-        self._keeper = anyio.CancelScope()
         self._wake_keeper = self.new_waker()
-        self._kept = anyio.Event()
         self._abandoned: deque[Request] = deque()
         self._wake_reaper = anyio.Event()
         self._running = anyio.Event()
-        self._closed = anyio.Event()
-        self._scope = anyio.CancelScope(shield=True)
+        self._leaving = anyio.Event()
+        self._ended = anyio.Event()
         self._tasks: TaskGroup
 
     # What Agent and Response call
@@ -108,8 +106,10 @@ class Supervisor:
         """Queue a result and wait until the writer has taken it. Cancelled before that: it is not sent."""
         if request.connection is not None:
             await request.connection.send_tool_result(request, call_id, output)
+        elif request.settled:
+            raise request.error or anyio.ClosedResourceError
         else:
-            raise request.error or Disconnected(1006, "the request waits for a new connection")
+            raise Disconnected(1006, "the request waits for a new connection")
 
     def leave(self, request: Request) -> None:
         """The consumer of `request` leaves; the agent is told if it is still busy with it."""
@@ -131,36 +131,37 @@ class Supervisor:
             await self._running.wait()
 
     async def run(self) -> None:
+        """Hold everything until `aclose`; then close every connection with a handshake, and end all tasks."""
         try:
-            with self._scope:
+            with anyio.CancelScope(shield=True) as scope:
                 async with anyio.create_task_group() as self._tasks:
-                    self._start(self._reap)
-                    self._add(self._first)
-                    if self._backoff is not None:
-                        self._dispatcher.on_demand = self._look_after
-                        self._start(partial(self._keep, self._backoff))
-                    else:
-                        self._kept.set()
                     self._running.set()
+                    self._start(self._tasks, self._reap)
+                    self._add(self._first)
+                    async with anyio.create_task_group() as keeping:
+                        if self._backoff is not None:
+                            self._dispatcher.on_demand = self._look_after
+                            self._start(keeping, partial(self._keep, self._backoff))
+                        await self._leaving.wait()
+                        keeping.cancel_scope.cancel()
+                    async with anyio.create_task_group() as closing:
+                        for session in self._sessions:
+                            closing.start_soon(session.aclose)
+                    scope.cancel()
         finally:
             self._dispatcher.close(LEFT.for_newcomer)  # where asyncio cancels all tasks at its end
-            self._closed.set()
+            self._ended.set()
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, close all connections with a handshake, end all tasks.
+        """Take no more requests, and wait for the end of `run`, which takes ``Timeouts.close`` at most.
 
-        Cannot be cancelled; takes no longer than ``Timeouts.close``.
+        Cancelled (which takes asyncio's own kind of cancellation), `run` still comes to its end.
         """
-        with anyio.CancelScope(shield=True):
-            await self._running.wait()
-            self._dispatcher.close(LEFT.for_newcomer)
-            self._keeper.cancel()
-            await self._kept.wait()
-            async with anyio.create_task_group() as closing:
-                for session in self._sessions:
-                    closing.start_soon(session.aclose)
-            self._scope.cancel()
-            await self._closed.wait()
+        self._dispatcher.close(LEFT.for_newcomer)
+        self._leaving.set()
+        if self._running.is_set():
+            with anyio.CancelScope(shield=True):
+                await self._ended.wait()
 
     # What sessions call
 
@@ -174,21 +175,22 @@ class Supervisor:
             return
         if not failure.graceful:
             logger.warning("connection to %s:%d lost (code %d)", *self._address, failure.code)
-        if self._backoff is not None and anyio.current_time() - session.opened >= self._backoff.healthy:
-            self._failures = 0
         self._note(failure.for_newcomer())
+        if self._backoff is not None and anyio.current_time() - session.opened >= self._backoff.healthy:
+            self._failures = 0 if failure.graceful else 1
         self._look_after()
 
-    def take_back(self, requests: list[Request]) -> bool:
+    def take_back(self, requests: Iterable[Request]) -> bool:
         if not self._dispatcher.take_back(requests):
             return False
         self.serve()
         return True
 
     def crashed(self, exc: BaseException) -> None:
-        self.crash = self.crash or exc
+        if self.crash is None or (isinstance(self.crash, Exception) and not isinstance(exc, Exception)):
+            self.crash = exc
+        self.on_crash()  # first, so that who waits is cancelled, and gets no `Disconnected` to raise instead
         self._dispatcher.close(Failure(1011, "a callback failed", cause=exc).for_newcomer)
-        self.on_crash()
 
     # Connections
 
@@ -205,7 +207,7 @@ class Supervisor:
         self.stats.connections += 1
         self.stats.open_connections += 1
         logger.debug("connection to %s:%d opened", *self._address)
-        self._start(partial(self._hold, session))
+        self._start(self._tasks, partial(self._hold, session))
 
     def _note(self, failure: AnyAgentError) -> None:
         self._failures += 1
@@ -233,8 +235,8 @@ class Supervisor:
 
     # Tasks
 
-    def _start(self, function: Callable[[], Awaitable[None]]) -> None:
-        self._tasks.start_soon(self._guard, function)
+    def _start(self, tasks: TaskGroup, function: Callable[[], Awaitable[None]]) -> None:
+        tasks.start_soon(self._guard, function)
 
     async def _guard(self, function: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -261,20 +263,16 @@ class Supervisor:
 
     async def _keep(self, backoff: Backoff) -> None:
         """Open connections where they are wanted."""
-        try:
-            with self._keeper:
-                while True:
-                    # Points in time, not differences, which can round to no time at all.
-                    expired = self._expiry() <= anyio.current_time()
-                    if not self._wanted() and not expired:
-                        with anyio.CancelScope(deadline=self._expiry()):
-                            await self._wake_keeper.wait()
-                    elif self._failures and not await self._pause(backoff):
-                        return
-                    elif self._wanted() or expired:
-                        await self._open()
-        finally:
-            self._kept.set()
+        while True:
+            # Points in time, not differences, which can round to no time at all.
+            expired = self._expiry() <= anyio.current_time()
+            if not self._wanted() and not expired:
+                with anyio.CancelScope(deadline=self._expiry()):
+                    await self._wake_keeper.wait()
+            elif self._failures and not await self._pause(backoff):
+                return
+            elif self._wanted() or expired:
+                await self._open()
 
     async def _pause(self, backoff: Backoff) -> bool:
         """Wait before the next attempt; false: there are to be no more."""
@@ -301,7 +299,12 @@ class Supervisor:
             logger.warning("could not connect to %s:%d again", *self._address)
             self._note(ConnectError(exc.reason, status_code=exc.status_code))  # which refers to no frame
             return
-        self._cause = None
+        except anyio.get_cancelled_exc_class() as exc:
+            if not self._leaving.is_set():  # `on_reconnect` has awaited a task that was cancelled
+                self.crashed(exc)
+            raise
+        if self._cause is cause:
+            self._cause = None
         self.status = established[2]
         self._add(established)
         if cause is not None:

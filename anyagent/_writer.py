@@ -49,7 +49,7 @@ class Writer:
         self._writing = False
         self._ended = False
         self._flushed = anyio.Event()
-        transport.output_ready = self._wake
+        transport.output_ready = self.wake
 
     @property
     def full(self) -> bool:
@@ -61,7 +61,7 @@ class Writer:
         self._size += len(outgoing.data)
         if outgoing.request is not None:
             outgoing.request.queued.append(outgoing)
-        self._wake()
+        self.wake()
 
     def withdraw(self, outgoing: Outgoing) -> None:
         """Take a message out of the queue, if it is still there."""
@@ -92,7 +92,8 @@ class Writer:
             self._ended = True
             self._flushed.set()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """There may be something to write."""
         self._has_work = True
         self._waker.wake()
 
@@ -101,8 +102,11 @@ class Writer:
         writes: list[bytes] = []
         size = 0
         while self._queue and size < _WRITE_SIZE:
-            outgoing, _ = self._queue.popitem(last=False)
+            outgoing = next(iter(self._queue))
             request = outgoing.request
+            if request is not None and not request.claimed:
+                break  # `wake` is called as soon as it is, which is in the next turn of the event loop
+            del self._queue[outgoing]
             _release(outgoing)
             if request is not None and request.phase == "not_sent":
                 request.phase = "sent"
@@ -110,7 +114,8 @@ class Writer:
                 request.stats.sent = anyio.current_time()
             writes.append(outgoing.data)
             size += len(outgoing.data)
-        self._has_work = self._has_work or bool(self._queue)
+        else:
+            self._has_work = self._has_work or bool(self._queue)
         self._shrink(size)
         return writes
 

@@ -55,6 +55,9 @@ class Queue:
         self._holders[lane] = request
         request.assign(self, lane)
 
+    def claim(self, request: Request) -> None:
+        request.claimed = True
+
     def leave(self, request: Request) -> None:
         self.release(request.lane)
 

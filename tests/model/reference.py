@@ -108,7 +108,7 @@ class Model:
         self._free = [str(number) for number in range(1, 1_000)] if wire.names is None else list(wire.names)
         self._limit = IN_FLIGHT
         self._waiting: list[ModelRequest] = []
-        self._served: list[ModelRequest] = []  # that have a lane, and whose callers do not know yet
+        self._served: list[ModelRequest] = []  # that have been given a lane, and not used it yet
         self._newcomers: Outcome | None = None
         self._left_early: set[str] = set()
         self._queue: list[tuple[str, ModelRequest]] = []
@@ -319,33 +319,32 @@ class Model:
             for request in self.live.values():
                 if request.settled is None:
                     self.stats["failed"] += 1
-                    served = request in self._served
-                    request.settled = failure.of_newcomer() if served else failure.of(request.phase)
+                    request.settled = failure.of(request.phase)
             self.live.clear()
             self._pending_close_code = close_code
 
     def _has_lane(self) -> bool:
-        return len(self.live) < self._limit and bool(self._free)
+        return len(self.live) + len(self._served) < self._limit and bool(self._free)
 
     def _serve(self) -> None:
         """Give free lanes to those who have waited longest."""
         while self._newcomers is None and self._waiting and self._has_lane():
             request = self._waiting.pop(0)
             request.lane = self._free.pop(0)
-            self.live[request.lane] = request
-            self.stats["requests"] += 1
-            self._queue.append(("USER_MESSAGE", request))
             self._served.append(request)
 
     def _settle(self) -> None:
         """Let everything happen that needs no more time and no more messages."""
         self._serve()
         if self._newcomers is not None:
-            for request in self._waiting:
+            for request in self._waiting + self._served:
                 request.outcome = self._newcomers
             self._waiting.clear()
-        for request in self._served:
-            request.outcome = request.settled
+        else:
+            for request in self._served:
+                self.live[request.lane] = request
+                self.stats["requests"] += 1
+                self._queue.append(("USER_MESSAGE", request))
         self._served.clear()
         if self._stuck is None and not self.closed:
             for kind, request in self._queue:
