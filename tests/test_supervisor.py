@@ -27,6 +27,11 @@ class Boom(Exception):
     pass
 
 
+async def settle_outside_of_cancellation() -> None:
+    with anyio.CancelScope(shield=True):
+        await anyio.wait_all_tasks_blocked()
+
+
 def fail(error: BaseException) -> Callable[[OM.ServerMessage], None]:
     """An `on_notice` that fails at the second notice."""
 
@@ -56,25 +61,31 @@ async def test_a_crash_comes_out_even_if_the_block_waits_in_a_task_group() -> No
     assert caught.value is boom
 
 
-async def test_ctrl_c_beats_an_exception_that_came_before_it() -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "winner"),
+    [(Boom, KeyboardInterrupt, KeyboardInterrupt), (Boom, LookupError, Boom), (SystemExit, Boom, SystemExit)],
+)
+async def test_of_two_crashes_the_first_comes_out_but_ctrl_c_before_all(
+    first: type[BaseException], second: type[BaseException], winner: type[BaseException]
+) -> None:
     peers = Peers()
     responses: list[Response] = []
+    errors = {OM.Status("first"): first, OM.Status("second"): second}
 
     def on_notice(message: OM.ServerMessage) -> None:
-        if message == OM.Status("first"):
-            raise Boom
-        if message == OM.Status("second"):
-            raise KeyboardInterrupt
+        if message in errors:
+            raise errors[message]
 
     async def use() -> None:
         async with peers.agent(connections=2, on_notice=on_notice) as agent:
             responses.append(await agent.send_message("busy"))
-            first, second = await peers.connected(1), await peers.connected(2)
-            first.send(OM.Status("first"))
-            second.send(OM.Status("second"))
+            await peers.connected(2)
+            for peer, state in zip(peers.made, ("first", "second"), strict=True):
+                peer.send(OM.Status(state))
+                await settle_outside_of_cancellation()
             await anyio.sleep_forever()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(winner):
         await use()
     with pytest.raises(Disconnected):
         await responses[0].collect()
@@ -259,6 +270,35 @@ async def test_two_connections_that_are_lost_at_once_are_both_replaced() -> None
         assert agent.stats.open_connections == 2
         assert isinstance(causes[1], Disconnected)
         await response.aclose()
+
+
+async def test_a_connection_that_is_lost_while_another_is_replaced_is_replaced_for_its_own_reason() -> None:
+    peers = Peers()
+    causes: list[AnyAgentError | None] = []
+
+    async def renew(cause: AnyAgentError | None) -> None:
+        causes.append(cause)
+
+    async with peers.agent(connections=2, renew=renew) as agent:
+        responses = [await agent.send_message("1")]
+        await peers.connected(2)
+        responses.append(await agent.send_message("2"))
+        await anyio.wait_all_tasks_blocked()
+        peers.status = None
+        peers.made[0].close(4001)
+        replacement = await peers.connected(3)
+        peers.made[1].close(4002)
+        await anyio.wait_all_tasks_blocked()
+        replacement.send(NATIVE)
+        peers.status = NATIVE
+        await anyio.wait_all_tasks_blocked()
+        responses.append(await agent.send_message("3"))
+        await peers.connected(4)
+        assert agent.stats.reconnects == 2
+        for response in responses:
+            await response.aclose()
+    codes = [cause.code for cause in causes if isinstance(cause, Disconnected)]
+    assert codes == [4001, 4002]
 
 
 async def test_a_thousand_reconnects_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
