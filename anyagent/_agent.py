@@ -18,7 +18,7 @@ __all__ = ["Agent"]
 
 
 class Agent:
-    """A connection to an agent, made by `open_agent`; any number of tasks may use it at once."""
+    """An agent, connected to by `open_agent` or `open_pool`; any number of tasks may use it at once."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
@@ -35,7 +35,7 @@ class Agent:
 
     @property
     def stats(self) -> AgentStats:
-        """The counters of this connection, as they are now."""
+        """The counters of all its connections, as they are now."""
         return dataclasses.replace(self._supervisor.stats)
 
     def __repr__(self) -> str:
@@ -47,7 +47,7 @@ class Agent:
         """Send a prompt and return the `Response` to it, without waiting for any answer.
 
         Waits for a free lane, first come, first served; then the message is queued for the writer.
-        Cancelled while waiting: nothing was sent.
+        Cancelled while waiting: nothing was sent. With ``reconnect``, it waits for a connection, too.
 
         `conversation` names the conversation that the prompt continues; `metadata` is any JSON object.
 

@@ -63,7 +63,10 @@ class Response:
 
     @property
     def id(self) -> str:
-        """The request's id on the wire; on a wire without ids, the name of its lane."""
+        """The request's id on the wire; on a wire without ids, the name of its lane.
+
+        It changes if the request moves to another connection, before anything was sent.
+        """
         return self._request.lane
 
     @property
@@ -179,7 +182,8 @@ class Response:
         """Answer the ``OM.EventToolCall`` `call_id` with `output`.
 
         Returns once the message is being written. Cancelled before that: it is not sent. Raises the
-        request's error, or `anyio.ClosedResourceError`, if the request is over.
+        request's error, or `anyio.ClosedResourceError`, if the request is over, and `Disconnected` while it
+        waits for a new connection.
         """
         await self._supervisor.send_tool_result(self._request, call_id, output)
 
