@@ -291,7 +291,8 @@ async def test_a_connection_that_ends_without_a_close_frame_is_1006_after_what_h
             with pytest.raises(Disconnected) as caught:
                 await anext(response)
             assert (caught.value.code, caught.value.phase) == (1006, phase)
-            assert (caught.value.__cause__ is not None) == (then in (Peer.reset, reset_in_a_frame))
+            if then not in (Peer.reset, reset_in_a_frame):  # whose error the system may report as an end
+                assert caught.value.__cause__ is None
 
 
 async def ask_until_it_fails(agent: Agent) -> None:
