@@ -12,7 +12,7 @@ from . import _observation
 from ._request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from . import im
     from ._stats import AgentStats
@@ -49,14 +49,20 @@ class Connection(Protocol):
 class Dispatcher:
     """Gives every request to the connection with the fewest, first come, first served.
 
-    At most ``limits.in_flight`` are in flight at once. One that a connection gives back, because it could not
-    write it, comes first. `on_demand` is called for every request that is made.
+    `connections` is its owner's list of them. At most ``limits.in_flight`` are in flight at once. One that a
+    connection gives back, because it could not write it, comes first. `on_demand` is called for every request
+    that is made.
     """
 
     def __init__(
-        self, limits: Limits, stats: AgentStats, new_waker: Callable[[], Waker], address: tuple[str, int]
+        self,
+        connections: Sequence[Connection],
+        limits: Limits,
+        stats: AgentStats,
+        new_waker: Callable[[], Waker],
+        address: tuple[str, int],
     ) -> None:
-        self.connections: list[Connection] = []
+        self._connections = connections
         self.on_demand: Callable[[], object] | None = None
         self._limits = limits
         self._stats = stats
@@ -73,7 +79,7 @@ class Dispatcher:
     @property
     def in_flight(self) -> int:
         """How many requests hold a lane."""
-        return sum(connection.in_flight for connection in self.connections)
+        return sum(connection.in_flight for connection in self._connections)
 
     async def open_request(self, message: im.UserMessage) -> Request:
         """Wait for a lane; then the message is queued. Cancelled: nothing is sent.
@@ -144,7 +150,7 @@ class Dispatcher:
     def _least_loaded(self) -> Connection | None:
         best: Connection | None = None
         total = fewest = 0
-        for connection in self.connections:
+        for connection in self._connections:
             load = connection.in_flight
             total += load
             if connection.ready and (best is None or load < fewest):

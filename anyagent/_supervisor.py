@@ -79,8 +79,8 @@ class Supervisor:
         self._connections = connections
         self._max_age = max_age
         self._address = address
-        self._dispatcher = Dispatcher(limits, self.stats, self.new_waker, address)
         self._sessions: list[Session] = []
+        self._dispatcher = Dispatcher(self._sessions, limits, self.stats, self.new_waker, address)
         self._failures = 0  # in a row: connections lost before they were healthy, and attempts in vain
         self._cause: AnyAgentError | None = None  # the newest of these
         self._first = first
@@ -203,7 +203,6 @@ class Supervisor:
             owner=self,
         )
         self._sessions.append(session)
-        self._dispatcher.connections.append(session)
         self.stats.connections += 1
         self.stats.open_connections += 1
         logger.debug("connection to %s:%d opened", *self._address)
@@ -249,7 +248,6 @@ class Supervisor:
     async def _hold(self, session: Session) -> None:
         await session.run()
         self._sessions.remove(session)
-        self._dispatcher.connections.remove(session)
         self.stats.open_connections -= 1
         logger.debug("connection to %s:%d closed", *self._address)
 

@@ -33,8 +33,7 @@ class Queue:
     """A dispatcher with one connection that does nothing with its lanes."""
 
     def __init__(self, names: tuple[str, ...] | None, limit: int) -> None:
-        self.dispatcher = Dispatcher(Limits(), AgentStats(), waker_factory(), ("memory", 0))
-        self.dispatcher.connections.append(self)
+        self.dispatcher = Dispatcher([self], Limits(), AgentStats(), waker_factory(), ("memory", 0))
         self._lanes = Lanes(names, limit)
         self._holders: dict[str, Request] = {}
 
