@@ -35,13 +35,16 @@ class ResponseStats:
     """When things happened to one request, in seconds of `anyio.current_time`; ``None``: not yet, or never.
 
     * `sent`: its message was handed to the transport.
-    * `first_event`: the batch with its first event arrived.
+    * `first_event`, `last_event`: the batch with its first, or newest, event arrived.
     * `end`: its terminal arrived, it failed, or it was cancelled.
+    * `events`: how many have arrived, without the terminal.
     """
 
     sent: float | None = None
     first_event: float | None = None
+    last_event: float | None = None
     end: float | None = None
+    events: int = 0
 
 
 class Request:

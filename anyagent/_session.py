@@ -292,7 +292,7 @@ class Session:
     def _process(self, batch: list[bytes]) -> None:
         """Decode and route everything that arrived together; each waiting consumer is woken at most once."""
         decode, lane_of, requests = self._dialect.decode, self._dialect.lane_of, self._requests
-        delivered = 0
+        heard, delivered = self._heard, 0
         try:
             for data in batch:
                 if self._failure is not None:
@@ -311,6 +311,9 @@ class Session:
                                 delivered += self._overflow(request, message, len(data), exc)
                             else:
                                 delivered += 1
+                                stats = request.stats
+                                stats.events += 1
+                                stats.last_event = heard
                             continue
                     if isinstance(message, om.AgentEvent):
                         self._route(message)
@@ -323,6 +326,8 @@ class Session:
         """See to an event that is one too many; return how many were delivered."""
         if self._limits.overflow == "block" and request.hold(event, size, self._make_room):
             self._full.add(request)
+            request.stats.events += 1
+            request.stats.last_event = self._heard
             return 1
         logger.warning("request %s failed: its consumer is slow (Limits.%s)", request.lane, error.limit)
         self._fail_request(request, error)

@@ -1,0 +1,240 @@
+"""Settings of a batch: small immutable values, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from .._target import Target
+from ..config import Backoff, Heartbeat, Limits, Timeouts, check_positive_integer, check_positive_number
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Collection, Sequence
+
+    from .._open import OnReconnect
+    from .._target import HeadersLike
+    from ..dialects import Dialect
+
+__all__ = ["BUSY_CODES", "Adaptive", "AttemptTimeouts", "BatchConfig", "Rates", "Retry", "Safety"]
+
+Safety: TypeAlias = Literal["safe", "idempotent"]
+"""Whether a prompt that an agent may have begun with may be sent again; see `Retry`."""
+
+BUSY_CODES: Final[frozenset[str | int]] = frozenset(
+    {"busy", "overloaded", "rate_limited", "rate_limit_exceeded", "too_many_requests", "429", 429, "503", 503}
+)
+"""What agents say that are asked too much, and have not begun."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Adaptive:
+    """How many requests are in flight to each agent, found out as the batch goes on.
+
+    It grows while that helps, and is cut when an agent answers that it is busy (`BUSY_CODES`) or takes longer
+    and longer to begin. Positive integers, `minimum` <= `initial` <= `maximum`, else `ValueError`.
+
+    * `initial` (default 16): what to begin with.
+    * `minimum`, `maximum` (defaults 1 and 1,000): between which it stays.
+    """
+
+    initial: int = 16
+    minimum: int = 1
+    maximum: int = 1_000
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "minimum", "maximum"):
+            check_positive_integer(f"Adaptive.{name}", getattr(self, name))
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError("Adaptive needs minimum <= initial <= maximum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How much may be asked in a minute, of all agents together; ``None`` (the default): as much as one likes.
+
+    * `requests_per_minute`: attempts.
+    * `tokens_per_minute`: tokens as the agents count them. What an answer will use is estimated from those
+      before it, and set right when it has ended.
+
+    Both are token buckets that hold a second's worth at most, so that the load is even. A value that is not
+    positive and finite is a `ValueError`.
+    """
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (isinstance(value, bool) or not 0 < value < math.inf):
+                raise ValueError(f"Rates.{field.name} must be a positive, finite number, not {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """When a prompt that failed is tried again. A wrong value is a `ValueError`.
+
+    A prompt of which nothing was written is tried again always, without that being counted: no agent has
+    seen it. One that an agent may have begun with is tried again only
+
+    * if the agent answered with an error whose code is one of `codes` (default `BUSY_CODES`), or
+    * with `safety` ``"idempotent"`` (default ``"safe"``), which says that asking twice does no harm: after a
+      lost connection, a timeout, or what is no answer. Other errors that an agent answered with are final.
+
+    Before the n-th try again a random time between 0 and the smaller of `maximum` and
+    ``initial * 2 ** (n - 1)`` is waited ("full jitter"), after what the agent asked for as `retry_after`.
+
+    * `attempts` (default 5): how often a prompt is tried in all.
+    * `initial`, `maximum` (seconds, defaults 0.5 and 30).
+    """
+
+    safety: Safety = "safe"
+    codes: Collection[str | int] = BUSY_CODES
+    attempts: int = 5
+    initial: float = 0.5
+    maximum: float = 30
+
+    def __post_init__(self) -> None:
+        if self.safety not in ("safe", "idempotent"):
+            raise ValueError(f"Retry.safety must be 'safe' or 'idempotent', not {self.safety!r}")
+        if isinstance(self.codes, str):
+            raise ValueError("Retry.codes must be a collection of codes, not a string")
+        check_positive_integer("Retry.attempts", self.attempts)
+        for name in ("initial", "maximum"):
+            check_positive_number(f"Retry.{name}", getattr(self, name))
+
+    def bound(self, number: int) -> float:
+        """The longest time, in seconds, that is waited before the try again `number`, counted from 1."""
+        return min(self.maximum, self.initial * 2.0 ** min(number - 1, 64))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptTimeouts:
+    """How long one attempt may take, in seconds from when it was sent; ``None``: as long as it likes.
+
+    * `total` (default ``None``): to its end.
+    * `first_event` (default ``None``): to its first event.
+    * `idle` (default 600): between two events, and to the first.
+
+    An attempt that takes longer is cancelled, and has failed with a ``TimeoutError``. A value that is not
+    positive and finite is a `ValueError`.
+    """
+
+    total: float | None = None
+    first_event: float | None = None
+    idle: float | None = 600
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                check_positive_number(f"AttemptTimeouts.{field.name}", value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """Which agents to ask, and how. A wrong value is a `ValueError`.
+
+    Agents:
+
+    * `url`: the agent's ``ws://`` or ``wss://`` address, or several of them, which share the work.
+    * `connections` (default 1): how many to each. More than one helps where a connection takes one request at
+      a time, or few.
+    * `agent` (default: the addresses, without userinfo and query): a name for the agents. It is a part of the
+      digest that stands for a prompt without id, so answers are looked for under the same name when a batch
+      goes on.
+    * `dialect`, `headers`, `ssl_context`, `limits`, `connection_timeouts`, `heartbeat`, `on_reconnect`: of
+      each connection, as in `open_agent`.
+    * `reconnect` (default: 10 attempts in a row): how a connection that is lost, or did not come about, is
+      replaced. When none is left to any agent, the batch ends with `ConnectError`.
+
+    Pace:
+
+    * `in_flight` (default `Adaptive`): how many requests at once. A number is fixed, for all agents together.
+    * `rates`: see `Rates`.
+
+    Failures:
+
+    * `retry` (default `Retry`): see there; ``"safe"`` and ``"idempotent"`` stand for ``Retry(safety=...)``.
+    * `timeouts`: see `AttemptTimeouts`.
+    * `max_errors` (default ``None``): the batch ends with `TooManyErrors` once more prompts than this have
+      failed.
+    * `max_error_rate` (default ``None``): the same, for the share of failed ones, from the 100th result on;
+      at least 0 and less than 1.
+
+    Results:
+
+    * `ordered` (default false): in the order of the input, and not as they finish. A prompt that takes long
+      holds the others up then, once `window` results wait behind it.
+    * `window` (default 10,000): how many results may wait to be taken at most; beyond it, no prompt is sent.
+    """
+
+    url: str | Sequence[str] = dataclasses.field(repr=False)
+    _: dataclasses.KW_ONLY
+    connections: int = 1
+    agent: str | None = None
+    dialect: Dialect | str | None = None
+    headers: HeadersLike | None = dataclasses.field(default=None, repr=False)
+    ssl_context: ssl.SSLContext | None = None
+    limits: Limits = Limits()
+    connection_timeouts: Timeouts = Timeouts()
+    heartbeat: Heartbeat | None = Heartbeat()
+    reconnect: Backoff = Backoff(attempts=10)
+    on_reconnect: OnReconnect | None = None
+    in_flight: int | Adaptive = Adaptive()
+    rates: Rates = Rates()
+    retry: Retry | Safety = Retry()
+    timeouts: AttemptTimeouts = AttemptTimeouts()
+    max_errors: int | None = None
+    max_error_rate: float | None = None
+    ordered: bool = False
+    window: int = 10_000
+
+    def __post_init__(self) -> None:
+        if isinstance(self.headers, Iterable) and not isinstance(self.headers, Mapping):
+            object.__setattr__(self, "headers", tuple(self.headers))  # it is read for each connection
+        if not self.urls:
+            raise ValueError("a batch needs the URL of an agent")
+        for url in self.urls:
+            Target.parse(url, self.headers, self.ssl_context_of(url))
+        for name in ("connections", "window"):
+            check_positive_integer(name, getattr(self, name))
+        if not isinstance(self.in_flight, Adaptive):
+            check_positive_integer("in_flight", self.in_flight)
+        if isinstance(self.retry, str):
+            Retry(safety=self.retry)
+        if self.max_errors is not None and (isinstance(self.max_errors, bool) or self.max_errors < 0):
+            raise ValueError(f"max_errors must be an integer of at least 0, not {self.max_errors!r}")
+        if self.max_error_rate is not None and not 0 <= self.max_error_rate < 1:
+            raise ValueError(
+                f"max_error_rate must be at least 0 and less than 1, not {self.max_error_rate!r}"
+            )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All agents' addresses."""
+        return (self.url,) if isinstance(self.url, str) else tuple(self.url)
+
+    @property
+    def agent_name(self) -> str:
+        """`agent`, or what stands for it."""
+        return self.agent or " ".join(sorted(map(label_of, self.urls)))
+
+    @property
+    def retries(self) -> Retry:
+        """`retry`, spelled out."""
+        return Retry(safety=self.retry) if isinstance(self.retry, str) else self.retry
+
+    def ssl_context_of(self, url: str) -> ssl.SSLContext | None:
+        """`ssl_context`, where `url` asks for TLS."""
+        return self.ssl_context if url.startswith("wss:") else None
+
+
+def label_of(url: str) -> str:
+    """Host, port and path of an agent: what may be shown of its address."""
+    target = Target.parse(url)
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return f"{host}:{target.port}{target.resource.partition('?')[0]}"
