@@ -59,7 +59,8 @@ class Request:
     `queued` are its messages that wait for the writer.
 
     Events wait here until the consumer takes them, all at once; it is woken when there is a first one. A
-    consumer that collects is woken at the end, and only the text is kept for it.
+    consumer that collects is woken at the end, and only the text is kept for it, in `texts`. `size` is that of
+    what waits, in bytes as it came; `size_limit` is the most that may.
     """
 
     def __init__(self, message: im.UserMessage, limits: Limits, totals: AgentStats, waker: Waker) -> None:
@@ -77,12 +78,11 @@ class Request:
         self.drained: anyio.Event | None = None
         self.queued: list[Outgoing] = []
         self._events_limit = limits.response_events
-        self._size_limit = limits.response_bytes
+        self.size_limit = limits.response_bytes
         self._pending: list[AgentEvent] = []
-        self._size = 0  # of what waits
+        self.size = 0  # of what waits
         self._tail: list[AgentEvent] = []  # to be joined to the last pending event, which is of their kind
-        self._collecting = False
-        self._texts: list[str] = []
+        self.texts: list[str] | None = None
         self._totals = totals
         self._waker = waker
         self._ended: Callable[[RequestOutcome], object] | None = None
@@ -110,31 +110,31 @@ class Request:
         Raises `SlowConsumerError` at a limit of the buffer; the event is lost then.
         """
         pending = self._pending
-        total = self._size + size
-        if total > self._size_limit and self._size and self._keeps(event):
-            raise SlowConsumerError("response_bytes", self._size_limit)
-        if self._collecting:
+        total = self.size + size
+        if total > self.size_limit and self.size and self._keeps(event):
+            raise SlowConsumerError("response_bytes", self.size_limit)
+        if self.texts is not None:
             if not isinstance(event, EventTextChunk):
                 return
-            self._texts.append(event.text)
+            self.texts.append(event.text)
         elif len(pending) >= self._events_limit:
             self._squeeze_in(event)
         else:
             pending.append(event)
             if len(pending) == 1:
                 self._waker.wake()
-        self._size = total
+        self.size = total
 
     def hold(self, event: AgentEvent, size: int, on_room: Callable[[Request], object]) -> bool:
         """Add an event that `push` refused, beyond the limit; not where nobody takes any before the end.
 
         `on_room` is called when what waits has been taken, or the outcome is fixed.
         """
-        if self._collecting:
+        if self.texts is not None:
             return False
         self._join_tail(self._pending)  # what waits there comes before it
         self._pending.append(event)
-        self._size += size
+        self.size += size
         self._on_room = on_room
         return True
 
@@ -148,7 +148,7 @@ class Request:
         """All events that have arrived."""
         pending, self._pending = self._pending, []
         self._note_high_water(len(pending))
-        self._size = 0
+        self.size = 0
         self._join_tail(pending)
         self._make_room()
         return pending
@@ -159,13 +159,12 @@ class Request:
         It begins with those in `unread`, which were taken before. From then on the end alone is an `arrival`.
         """
         self._note_high_water(len(self._pending))
-        self._collecting = True
         waiting = [*unread, *self._pending, *self._tail]
-        self._texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
+        self.texts = [event.text for event in waiting if isinstance(event, EventTextChunk)]
         self._pending, self._tail = [], []
-        self._size = sum(map(len, self._texts))
+        self.size = sum(map(len, self.texts))
         self._make_room()
-        return self._texts
+        return self.texts
 
     def settle(self, outcome: EventEnd | Exception | None, now: float) -> None:
         """Fix the outcome: a terminal, an error, or ``None`` for a consumer that left. Once per request.
@@ -187,14 +186,16 @@ class Request:
 
     def discard(self) -> None:
         """Drop what waits: nobody will take it."""
-        self._pending, self._tail, self._texts = [], [], []
+        self._pending, self._tail = [], []
+        if self.texts is not None:
+            self.texts = []
 
     def _note_high_water(self, events: int) -> None:
         totals = self._totals
         if events > totals.buffered_events:
             totals.buffered_events = events
-        if self._size > totals.buffered_bytes:
-            totals.buffered_bytes = self._size
+        if self.size > totals.buffered_bytes:
+            totals.buffered_bytes = self.size
 
     def _make_room(self) -> None:
         on_room, self._on_room = self._on_room, None
@@ -202,7 +203,7 @@ class Request:
             on_room(self)
 
     def _keeps(self, event: AgentEvent) -> bool:
-        return not self._collecting or isinstance(event, EventTextChunk)
+        return self.texts is None or isinstance(event, EventTextChunk)
 
     def _squeeze_in(self, event: AgentEvent) -> None:
         """Add an event beyond the limit, by joining chunks."""

@@ -16,6 +16,7 @@ from ._log import logger
 from ._request import agent_error
 from ._transports import TransportClosed
 from ._writer import Outgoing, Writer
+from .dialects.native import NativeDialect
 from .errors import ProtocolError, SlowConsumerError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Owner", "Session"]
 
 _TOMBSTONES: Final = 4_096
+_DECODED_AT_ONCE: Final = 256  # messages, whose structs are held meanwhile
 _CONTENT: Final = (om.EventTextChunk, om.EventReasoningChunk, om.EventToolCall, om.Unknown)
 
 
@@ -89,6 +91,7 @@ class Session:
         self._transport = transport
         self._dialect = dialect
         self._can_cancel = dialect.can_cancel(status)
+        self._as_written = type(dialect) is NativeDialect  # with nothing in between that could be different
         self._backlog = backlog
         self._limits = limits
         self._timeouts = timeouts
@@ -291,47 +294,81 @@ class Session:
 
     def _process(self, batch: list[bytes]) -> None:
         """Decode and route everything that arrived together; each waiting consumer is woken at most once."""
-        decode, lane_of, requests = self._dialect.decode, self._dialect.lane_of, self._requests
-        heard, delivered = self._heard, 0
-        try:
-            for data in batch:
-                if self._failure is not None:
-                    break
-                try:
-                    message = decode(data)
-                except ProtocolError as exc:
-                    self._reject(exc)
-                else:
-                    if isinstance(message, _CONTENT):  # nearly always
-                        request = requests.get(lane_of(message))
-                        if request is not None and (request.streaming or self._has_started(request)):
-                            try:
-                                request.push(message, len(data))
-                            except SlowConsumerError as exc:
-                                delivered += self._overflow(request, message, len(data), exc)
-                            else:
-                                delivered += 1
-                                stats = request.stats
-                                stats.events += 1
-                                stats.last_event = heard
-                            continue
-                    if isinstance(message, om.AgentEvent):
-                        self._route(message)
-                    else:
-                        self._notice(message)
-        finally:
-            self._stats.events += delivered
+        for start in range(0, len(batch), _DECODED_AT_ONCE):
+            if self._failure is not None:
+                break
+            part = batch[start : start + _DECODED_AT_ONCE]
+            if not (self._as_written and self._process_chunks(part)):
+                for data in part:
+                    if self._failure is None:
+                        self._process_one(data)
 
-    def _overflow(self, request: Request, event: om.AgentEvent, size: int, error: SlowConsumerError) -> int:
-        """See to an event that is one too many; return how many were delivered."""
-        if self._limits.overflow == "block" and request.hold(event, size, self._make_room):
-            self._full.add(request)
-            request.stats.events += 1
-            request.stats.last_event = self._heard
-            return 1
-        logger.warning("request %s failed: its consumer is slow (Limits.%s)", request.lane, error.limit)
-        self._fail_request(request, error)
-        return 0
+    def _process_chunks(self, part: list[bytes]) -> bool:
+        """As `_process_one` for each of `part`, the fast way; false: one of them is invalid, nothing is done.
+
+        Nearly all messages are chunks of answers, so a chunk goes to its request without a further call.
+        """
+        try:
+            messages = list(map(om.decode_known, part))
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            return False
+        requests, heard, delivered = self._requests, self._heard, 0
+        for data, message in zip(part, messages, strict=True):
+            if type(message) is om.EventTextChunk:
+                request = requests.get(message.id)
+                if request is not None and request.streaming:
+                    texts, size = request.texts, len(data)
+                    if texts is not None and request.size + size <= request.size_limit:
+                        texts.append(message.text)
+                        request.size += size
+                    elif not self._push(request, message, size):
+                        continue
+                    stats = request.stats
+                    stats.events += 1
+                    stats.last_event = heard
+                    delivered += 1
+                    continue
+            self._process_message(message, len(data))
+            if self._failure is not None:
+                break
+        self._stats.events += delivered
+        return True
+
+    def _process_one(self, data: bytes) -> None:
+        try:
+            message = self._dialect.decode(data)
+        except ProtocolError as exc:
+            self._reject(exc)
+        else:
+            self._process_message(message, len(data))
+
+    def _process_message(self, message: om.ServerMessage, size: int) -> None:
+        """Route a message that came in `size` bytes."""
+        if isinstance(message, _CONTENT):
+            request = self._requests.get(self._dialect.lane_of(message))
+            if request is not None and (request.streaming or self._has_started(request)):
+                if self._push(request, message, size):
+                    self._stats.events += 1
+                    request.stats.events += 1
+                    request.stats.last_event = self._heard
+                return
+        if isinstance(message, om.AgentEvent):
+            self._route(message)
+        else:
+            self._notice(message)
+
+    def _push(self, request: Request, event: om.AgentEvent, size: int) -> bool:
+        """Deliver an event; return whether there was room for it, or it is delivered all the same."""
+        try:
+            request.push(event, size)
+        except SlowConsumerError as exc:
+            if self._limits.overflow == "block" and request.hold(event, size, self._make_room):
+                self._full.add(request)
+                return True
+            logger.warning("request %s failed: its consumer is slow (Limits.%s)", request.lane, exc.limit)
+            self._fail_request(request, exc)
+            return False
+        return True
 
     def _make_room(self, request: Request) -> None:
         self._full.remove(request)

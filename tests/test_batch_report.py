@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from anyagent.batch import ErrorRecord
 from anyagent.batch._axes import Axis, amounts, durations, durations_by_magnitude, times
+from anyagent.batch._histogram import Percentiles
 from anyagent.batch._metrics import Metrics
+from anyagent.batch._plots import distribution
 from anyagent.batch._report import html
 from anyagent.batch._svg import Frame, width_of
 from anyagent.batch._words import duration
@@ -154,10 +156,10 @@ def short() -> tuple[Metrics, float]:
 def long() -> tuple[Metrics, float]:
     drawn = random.Random(2)
     metrics = Metrics(0.0)
-    for number in range(20_000):
-        now = number * 10.0
-        limit = 30 + int(20 * math.sin(number / 700))
-        metrics.sample(now, in_flight=limit - 1, limit=limit, reconnects=number // 9_000)
+    for number in range(4_000):
+        now = number * 50.0
+        limit = 30 + int(20 * math.sin(number / 140))
+        metrics.sample(now, in_flight=limit - 1, limit=limit, reconnects=number // 1_800)
         ask(metrics, now, drawn.lognormvariate(0, 0.5))
         if number % 10 == 0:
             metrics.retried()
@@ -187,6 +189,13 @@ def constant() -> tuple[Metrics, float]:
     return metrics, 5.0
 
 
+def skewed() -> tuple[Metrics, float]:
+    metrics = Metrics(0.0)
+    for number in range(100):
+        ask(metrics, number / 20, 1_000.0 if number == 50 else 0.001234)
+    return metrics, 5.0
+
+
 def at_once() -> tuple[Metrics, float]:
     metrics = Metrics(0.0)
     for number in range(100):
@@ -204,11 +213,12 @@ RUNS: list[Callable[[], tuple[Metrics, float]]] = [
     all_failed,
     bimodal,
     constant,
+    skewed,
     at_once,
 ]
 
 
-@pytest.fixture(params=RUNS, ids=lambda run: run.__name__)
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: run.__name__)
 def run(request: pytest.FixtureRequest) -> tuple[str, Summary]:
     """The page of a run, and its summary."""
     return page_of(*request.param(), skipped=3, settings={"input": "a.jsonl"})
@@ -270,6 +280,8 @@ def test_the_figures_of_a_page_are_those_of_the_summary(run: tuple[str, Summary]
     assert tiles["skipped"] == "3"
     assert tiles["retried"] == f"{summary.retried:,}"
     assert tiles["reconnects"] == f"{summary.reconnects:,}"
+    for name, latency in (("time to first event", summary.first_event), ("end to end", summary.end_to_end)):
+        assert tiles.get(name) == (latency and duration(latency.p50))
     words = Page(page).words
     assert duration(summary.elapsed) in unescape(page)
     for _, figures in summary.latencies:
@@ -373,6 +385,14 @@ def test_the_bars_of_a_distribution_are_as_high_as_there_are_durations() -> None
         ask(metrics, 1.0, 0.001 if number < 75 else 1.0)
     page, _ = page_of(metrics, 1.0)
     heights = [float(each.get("height", "")) for each in plot_of(page, "One attempt").iter(f"{SVG}rect")]
+    assert len(heights) == 2
+    assert heights[0] / heights[1] == pytest.approx(3, rel=0.01)
+
+
+def test_buckets_that_make_one_bar_are_counted_together() -> None:
+    figures = Percentiles(count=4, p50=1.0, p90=1.0, p99=1.0, mean=1.0, min=1.0, max=1.0)
+    plot = ElementTree.fromstring(distribution("", {100: 1, 101: 2, 300: 1}, figures, "prompts"))
+    heights = [float(each.get("height", "")) for each in plot.iter(f"{SVG}rect")]
     assert len(heights) == 2
     assert heights[0] / heights[1] == pytest.approx(3, rel=0.01)
 

@@ -60,7 +60,7 @@ def answered(**columns: object) -> Result:
 def test_an_answer_is_one_line_with_its_own_columns_first() -> None:
     assert encode_row(answered(label="x", weight=0.5)) == (
         b'{"id":"a","index":7,"text":"Hello","tokens_used":2,'
-        b'"attempts":[{"agent":"localhost:8000/ws","sent":2.0,"first_event":2.25,"end":3.0,"error":null,"partial":""}],'
+        b'"attempts":[{"agent":"localhost:8000/ws","sent":2.0,"first_event":2.25,"end":3.0}],'
         b'"timings":{"queued":1.5,"sent":2.0,"first_event":2.25,"end":3.0},"error":null,'
         b'"label":"x","weight":0.5}\n'
     )

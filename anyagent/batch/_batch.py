@@ -30,6 +30,8 @@ class Batch:
     last one iterating raises what ended the batch early: `TooManyErrors`; `ConnectError`, if no agent can be
     reached any more; or the exception that the prompts' own iterator raised. What was asked before is
     answered first. Cancelled while waiting: no result is lost. There is one consumer at a time.
+
+    Once the block is left, what was there can still be taken; `anyio.ClosedResourceError` is behind it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -86,7 +88,7 @@ async def open_batch(prompts: Prompts, config: BatchConfig) -> AsyncIterator[Bat
 
     `prompts` is any iterable or asynchronous iterable of `Prompt` or strings. It is read as prompts are
     needed, so it may be without end; it is read on the event loop, so one that blocks for long should be an
-    asynchronous one.
+    asynchronous one. A generator that may not be read to its end is the caller's to close.
 
     A prompt that fails is a result, too. When the block is left, for whatever reason, what is in flight is
     cancelled, the agents are told so, and the connections are closed, all within
@@ -99,16 +101,26 @@ async def open_batch(prompts: Prompts, config: BatchConfig) -> AsyncIterator[Bat
 def run_batch(prompts: Prompts, config: BatchConfig) -> list[Result]:
     """Ask all `prompts` and return their results, in the order of the prompts: for synchronous code.
 
-    It runs an event loop (asyncio) in the calling thread until all are answered, so it is for scripts, and for
-    engines that call plain functions, but not for code that an event loop runs already (`RuntimeError`).
+    It runs an event loop (asyncio) in the calling thread until all are answered, so it is for scripts, and
+    for engines that call plain functions, but not for code that an event loop runs already (`RuntimeError`).
     Raises what iterating over a `Batch` raises.
     """
+    if _in_event_loop():
+        raise RuntimeError("run_batch runs an event loop, and here is one already: use open_batch")
 
     async def run() -> list[Result]:
         async with open_batch(prompts, config) as batch:
             return sorted([result async for result in batch], key=lambda result: result.index)
 
     return anyio.run(run)
+
+
+def _in_event_loop() -> bool:
+    try:
+        anyio.current_time()
+    except RuntimeError:
+        return False
+    return True
 
 
 @asynccontextmanager
@@ -140,8 +152,7 @@ async def run_engine(
         except BaseException as exc:
             outcome = exc
         if engine is not None:
-            engine.ended = anyio.current_time()
-            engine.sample(engine.ended)
+            engine.end()
         task_group.cancel_scope.cancel()
     crash = None if engine is None else engine.crash
     if crash is not None and (outcome is None or not isinstance(crash, Exception)):

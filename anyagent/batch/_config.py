@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from .._target import Target
 from ..config import Backoff, Heartbeat, Limits, Timeouts, check_positive_integer, check_positive_number
+from ..dialects import Dialect, by_name
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Collection, Sequence
+    from collections.abc import Iterable
 
     from .._open import OnReconnect
     from .._target import HeadersLike
-    from ..dialects import Dialect
 
 __all__ = ["BUSY_CODES", "Adaptive", "AttemptTimeouts", "BatchConfig", "Rates", "Retry", "Safety"]
 
@@ -53,7 +53,7 @@ class Adaptive:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """How much may be asked in a minute, of all agents together; ``None`` (the default): as much as one likes.
+    """How much may be asked in a minute, of all agents together; ``None`` (the default): any number.
 
     * `requests_per_minute`: attempts.
     * `tokens_per_minute`: tokens as the agents count them. What an answer will use is estimated from those
@@ -69,7 +69,7 @@ class Rates:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (isinstance(value, bool) or not 0 < value < math.inf):
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"Rates.{field.name} must be a positive, finite number, not {value!r}")
 
 
@@ -100,8 +100,8 @@ class Retry:
     def __post_init__(self) -> None:
         if self.safety not in ("safe", "idempotent"):
             raise ValueError(f"Retry.safety must be 'safe' or 'idempotent', not {self.safety!r}")
-        if isinstance(self.codes, str):
-            raise ValueError("Retry.codes must be a collection of codes, not a string")
+        if isinstance(self.codes, str | bytes) or not isinstance(self.codes, Collection):
+            raise ValueError(f"Retry.codes must be a collection of codes, not {type(self.codes).__name__}")
         check_positive_integer("Retry.attempts", self.attempts)
         for name in ("initial", "maximum"):
             check_positive_number(f"Retry.{name}", getattr(self, name))
@@ -140,14 +140,14 @@ class BatchConfig:
 
     Agents:
 
-    * `url`: the agent's ``ws://`` or ``wss://`` address, or several of them, which share the work.
+    * `url`: the agent's ``ws://`` or ``wss://`` address, or several of them, each once, which share the work.
     * `connections` (default 1): how many to each. More than one helps where a connection takes one request at
       a time, or few.
     * `agent` (default: the addresses, without userinfo and query): a name for the agents. It is a part of the
       digest that stands for a prompt without id, so answers are looked for under the same name when a batch
       goes on.
     * `dialect`, `headers`, `ssl_context`, `limits`, `connection_timeouts`, `heartbeat`, `on_reconnect`: of
-      each connection, as in `open_agent`.
+      each connection, as in `open_agent`. An `ssl_context` is for ``wss://`` addresses; there must be one.
     * `reconnect` (default: 10 attempts in a row): how a connection that is lost, or did not come about, is
       replaced. When none is left to any agent, the batch ends with `ConnectError`.
 
@@ -172,7 +172,7 @@ class BatchConfig:
     * `window` (default 10,000): how many results may wait to be taken at most; beyond it, no prompt is sent.
     """
 
-    url: str | Sequence[str] = dataclasses.field(repr=False)
+    url: str | Iterable[str] = dataclasses.field(repr=False)
     _: dataclasses.KW_ONLY
     connections: int = 1
     agent: str | None = None
@@ -194,24 +194,45 @@ class BatchConfig:
     window: int = 10_000
 
     def __post_init__(self) -> None:
-        if isinstance(self.headers, Iterable) and not isinstance(self.headers, Mapping):
-            object.__setattr__(self, "headers", tuple(self.headers))  # it is read for each connection
-        if not self.urls:
-            raise ValueError("a batch needs the URL of an agent")
-        for url in self.urls:
-            Target.parse(url, self.headers, self.ssl_context_of(url))
+        if not isinstance(self.url, str):
+            object.__setattr__(self, "url", tuple(self.url))
+        if self.headers is not None:
+            object.__setattr__(self, "headers", kept(self.headers))
+        self._check_agents()
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, not {getattr(self, name)!r}")
         for name in ("connections", "window"):
             check_positive_integer(name, getattr(self, name))
         if not isinstance(self.in_flight, Adaptive):
             check_positive_integer("in_flight", self.in_flight)
-        if isinstance(self.retry, str):
+        if not isinstance(self.retry, Retry):
             Retry(safety=self.retry)
-        if self.max_errors is not None and (isinstance(self.max_errors, bool) or self.max_errors < 0):
-            raise ValueError(f"max_errors must be an integer of at least 0, not {self.max_errors!r}")
-        if self.max_error_rate is not None and not 0 <= self.max_error_rate < 1:
-            raise ValueError(
-                f"max_error_rate must be at least 0 and less than 1, not {self.max_error_rate!r}"
-            )
+        most, rate = self.max_errors, self.max_error_rate
+        if most is not None and (type(most) is not int or most < 0):
+            raise ValueError(f"max_errors must be an integer of at least 0, not {most!r}")
+        if rate is not None and not (_is_number(rate) and 0 <= rate < 1):
+            raise ValueError(f"max_error_rate must be at least 0 and less than 1, not {rate!r}")
+
+    def _check_agents(self) -> None:
+        if not self.urls:
+            raise ValueError("a batch needs the URL of an agent")
+        for url in self.urls:
+            Target.parse(url, self.headers, self.ssl_context_of(url))
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError("an agent's URL is there twice; `connections` gives it more connections")
+        if self.ssl_context is not None and not any(map(self.ssl_context_of, self.urls)):
+            raise ValueError("an ssl_context needs a wss:// URL")
+        if isinstance(self.dialect, str):
+            by_name(self.dialect)
+        elif self.dialect is not None and not isinstance(self.dialect, Dialect):
+            raise ValueError(f"dialect must be a Dialect or the name of one, not {self.dialect!r}")
+        if self.heartbeat is not None and not isinstance(self.heartbeat, Heartbeat):
+            raise ValueError(f"heartbeat must be a Heartbeat, not {self.heartbeat!r}")
+        if self.on_reconnect is not None and not callable(self.on_reconnect):
+            raise ValueError("on_reconnect must be an async function")
+        if self.agent is not None and not isinstance(self.agent, str):
+            raise ValueError(f"agent must be a name, not {self.agent!r}")
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -230,7 +251,26 @@ class BatchConfig:
 
     def ssl_context_of(self, url: str) -> ssl.SSLContext | None:
         """`ssl_context`, where `url` asks for TLS."""
-        return self.ssl_context if url.startswith("wss:") else None
+        return self.ssl_context if url[:4].lower() == "wss:" else None
+
+
+_KINDS: Final = {
+    "limits": Limits,
+    "connection_timeouts": Timeouts,
+    "reconnect": Backoff,
+    "rates": Rates,
+    "timeouts": AttemptTimeouts,
+    "ordered": bool,
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def kept(headers: HeadersLike) -> HeadersLike:
+    """`headers`, which may be an iterator, to be read for each connection."""
+    return headers if isinstance(headers, Mapping) else tuple(headers)
 
 
 def label_of(url: str) -> str:

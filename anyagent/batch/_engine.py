@@ -68,9 +68,9 @@ class TooManyErrors(AnyAgentError):
 class Engine:
     """Runs a batch, in tasks of `task_group`.
 
-    A worker is a task that has a prompt and a place on a connection, sees to the attempt, and goes on with the
-    next prompt as long as there is one and a place for it. Whatever may change that calls `_fill`. What goes
-    wrong in a task is kept in `crash`, and `on_crash` called.
+    A worker is a task that has a prompt and a place on a connection, sees to the attempt, and goes on with
+    the next prompt as long as there is one and a place for it. Whatever may change that calls `_fill`. What
+    goes wrong in a task is kept in `crash`, and `on_crash` called.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Engine:
         self._unfinished = 0  # jobs without a result
         self._untaken = 0  # results that were not taken
         self._stopping = False
+        self._filling_soon = False
         self._next_sample = now
 
     @property
@@ -153,6 +154,12 @@ class Engine:
         results = self._results.take_ready()
         self._taken(len(results))
         return results
+
+    def end(self) -> None:
+        """The block is left: whoever still waits for a result gets `anyio.ClosedResourceError`."""
+        self.ended = anyio.current_time()
+        self.sample(self.ended)
+        self._results.end(anyio.ClosedResourceError("the batch was left"))
 
     def now(self) -> float:
         """The time of the run, from any thread."""
@@ -208,7 +215,7 @@ class Engine:
         if line is None:
             return None
         job = self._next_job()
-        if job is None:
+        if job is None or self._stopping:  # the prompts' own iterator may stop the batch
             self._fleet.give_back(line)
             return None
         return job, line
@@ -221,7 +228,8 @@ class Engine:
         job = self._source.take(anyio.current_time())
         if job is not None:
             self._unfinished += 1
-        elif self._source.skipping:
+        elif self._source.skipping and not self._filling_soon:
+            self._filling_soon = True
             self.start_soon(self._fill_soon)
         return job
 
@@ -236,11 +244,14 @@ class Engine:
 
     async def _fill_soon(self) -> None:
         await anyio.lowlevel.checkpoint()
+        self._filling_soon = False
         self._fill()
 
     def _end_if_done(self) -> None:
-        if self._working or (self._unfinished and not self._stopping):
+        if self._working or (self._unfinished and not self._stopping) or self._results.ended:
             return
+        if not self._stopping and (job := self._next_job()) is not None:
+            self._again.append(job)  # it waits for a connection
         if self._source.exhausted or self._stopping:
             self._results.end(self._source.failure)
 
@@ -270,6 +281,7 @@ class Engine:
             response = await line.agent.send_message(
                 prompt.text, conversation=prompt.conversation, metadata=prompt.metadata
             )
+            job.begun = None
             self._in_flight[response] = job
             reply = await response.collect()
             tokens_used = reply.tokens_used
@@ -419,9 +431,7 @@ class Engine:
             self._sooner = anyio.Event()
             now = anyio.current_time()
             while self._later and self._later[0][0] <= now:
-                job = heapq.heappop(self._later)[-1]
-                job.begun = now
-                self._again.append(job)
+                self._again.append(heapq.heappop(self._later)[-1])
             self._fill()
             with anyio.CancelScope(deadline=self._later[0][0] if self._later else math.inf):
                 await self._sooner.wait()
@@ -438,6 +448,8 @@ class Engine:
             now = anyio.current_time()
             look_again = now + min(set_ones)
             for response, job in list(self._in_flight.items()):
+                if job.begun is None:
+                    job.begun = now
                 deadline, timeout = deadline_of(response.stats, job.begun, timeouts)
                 if response.stats.end is None and deadline <= now:
                     self._expired[response] = timeout

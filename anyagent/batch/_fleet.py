@@ -11,9 +11,10 @@ import anyio
 
 from .._log import logger
 from .._open import open_agent
+from .._target import Target
 from ..dialects import by_name, for_agent
 from ..errors import ConnectError
-from ._config import Adaptive, label_of
+from ._config import Adaptive, kept, label_of
 from ._limit import AdaptiveLimit
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Host:
         self.url = url
         self.headers = headers
         self.label = label_of(url)
+        target = Target.parse(url)
+        self.address = target.host, target.port
         self.limit = limit
         self.in_flight = 0
 
@@ -183,7 +186,7 @@ class Fleet:
                     self.failure = cause
                     self._on_change()
                 return
-            logger.warning("batch: %s: %s, connecting again", host.label, type(cause).__name__)
+            logger.warning("batch: %s:%d: %s, connecting again", *host.address, type(cause).__name__)
             await anyio.sleep(random.uniform(0, backoff.bound(failures)))
 
     def _hopeless(self, failures: int) -> bool:
@@ -230,4 +233,4 @@ class Fleet:
         except TimeoutError as exc:
             raise ConnectError(f"no new headers within {config.connection_timeouts.connect:g} s") from exc
         if headers is not None:
-            host.headers = headers
+            host.headers = kept(headers)

@@ -53,7 +53,7 @@ class AdaptiveLimit:
     @property
     def limit(self) -> int:
         """How many requests may be in flight now."""
-        return int(self._limit)
+        return round(self._limit)
 
     def succeeded(
         self, now: float, *, in_flight: int, sent: float, first_event: float | None, end: float, work: int
@@ -79,7 +79,8 @@ class AdaptiveLimit:
         `retry_after` is for the prompt to wait; the limit is about the others.
         """
         if sent > self._cut_at:
-            self._cut(now, min(self._limit * _BUSY_CUT, self._limit - 1), ceiling=self._limit - 1)
+            taken = self.limit - 1
+            self._cut(now, min(self._limit * _BUSY_CUT, taken), ceiling=taken)
 
     def failed(self, now: float, *, sent: float) -> None:
         """A request failed otherwise: that says nothing about the limit, and is no reason to grow."""

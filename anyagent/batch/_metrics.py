@@ -173,7 +173,7 @@ class Metrics:
         )
 
     def series(self, now: float) -> list[Interval]:
-        """The run over time, up to `now`, in at most 600 intervals."""
+        """The run over time, up to `now`, in at most 300 intervals."""
         self._flush()
         self._series.advance(now - self._start)
         return self._series.intervals()

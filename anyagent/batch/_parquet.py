@@ -92,6 +92,10 @@ def rows_as_jsonl(path: Path) -> Iterator[bytes]:
     Each has all columns then, null where it had none, and the codes of errors are text.
     """
     for row in _own_rows(path, None):
+        for attempt in filter(None, row["attempts"] or ()):
+            for name in ("error", "partial"):  # left out where there is none, as in JSON
+                if not attempt.get(name):
+                    attempt.pop(name, None)
         line = _encode(row) + b"\n"
         decode_row(line)
         yield line
@@ -119,14 +123,17 @@ def write_parquet(rows: Path, target: Path) -> None:
     schema = pyarrow.schema(_own_fields(pyarrow) + passed)
     with _replaced(target) as file:
         writer = parquet.ParquetWriter(file, schema, compression="zstd")
-        for group in _groups(rows):
-            for row in group:
-                _fit(row, as_json)
-            columns = [
-                pyarrow.array([row.get(field.name) for row in group], type=field.type) for field in schema
-            ]
-            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
-        writer.close()  # not after an error: it would write, and fail, once more
+        try:
+            for group in _groups(rows):
+                for row in group:
+                    _fit(row, as_json)
+                columns = [
+                    pyarrow.array([row.get(field.name) for row in group], type=field.type) for field in schema
+                ]
+                writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+            writer.close()
+        finally:
+            writer.is_open = False  # after an error it would write once more when it is collected
 
 
 def _arrow() -> tuple[Any, Any]:  # Any: pyarrow has no types
@@ -164,10 +171,19 @@ class _Table:
         if not (types.is_string(kind) or types.is_large_string(kind)):
             raise Unfit(f"the column {name!r} must hold text, not {kind}")
 
+    def check_objects(self, name: str) -> None:
+        """Whether the column `name` holds lists of structs, else `Unfit`."""
+        types = self._pyarrow.types
+        kind = self._readable(name)
+        if not (types.is_list(kind) or types.is_large_list(kind)) or not types.is_struct(kind.value_type):
+            raise Unfit(f"the column {name!r} must hold lists of structs, not {kind}")
+
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
         """All rows, or some of the `columns` of all rows."""
         names = self.names if columns is None else columns
         types = [self._readable(name) for name in names]
+        if self.length == 0:  # some versions of pyarrow fail where there is no row group
+            return
         batches = self._file.iter_batches(_ROWS_READ, columns=columns, use_threads=False)
         while True:
             with self._understood(f"damaged behind row {self.row}"):
@@ -259,6 +275,7 @@ def _own_rows(path: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]
         if not set(ROW_COLUMNS) <= set(table.names):
             raise ValueError("not a file of answers")
         table.check_text("id")
+        table.check_objects("attempts")
         as_json = [name for name, field in table.fields.items() if field.metadata == _JSON]
         for row in table.rows(columns):
             for name in as_json:
@@ -417,7 +434,9 @@ def _fit(row: dict[str, Any], as_json: list[str]) -> None:
     for name in ("index", "tokens_used"):
         if abs(row[name] or 0) > _LARGEST:
             row[name] = None
-    for error in (row["error"], *(attempt["error"] for attempt in row["attempts"])):
+    for attempt in row["attempts"]:
+        attempt.setdefault("partial", "")
+    for error in (row["error"], *(attempt.get("error") for attempt in row["attempts"])):
         if error is not None and error["code"] is not None:
             error["code"] = str(error["code"])
     for name in as_json:

@@ -29,10 +29,13 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 def key_of(prompt: Prompt, agent: str) -> str:
-    """What tells the row of `prompt` from others: its id, or a digest of the prompt, its options and `agent`."""
+    """What tells the row of `prompt` from others: its id, or a digest of it, its options and `agent`."""
     if prompt.id is not None:
         return prompt.id
-    said = msgspec.json.encode(
-        (agent, prompt.text, prompt.conversation, prompt.metadata), order="deterministic"
-    )
+    try:
+        said = msgspec.json.encode(
+            (agent, prompt.text, prompt.conversation, prompt.metadata), order="deterministic"
+        )
+    except (TypeError, ValueError, OverflowError, RecursionError):  # it has no encoding, and cannot be sent
+        said = f"{agent} {prompt.text}".encode(errors="surrogatepass")
     return hashlib.blake2b(said, digest_size=_KEY_SIZE).hexdigest()

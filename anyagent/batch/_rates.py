@@ -32,7 +32,7 @@ class Gate(Protocol):
 
 
 class TokenBucket:
-    """Fills up at `rate` (per second, infinity included), and is full at first; `now` is of any monotonic clock.
+    """Fills up at `rate` (per second, maybe infinite), and is full at first; `now` is of any monotonic clock.
 
     Full is what comes in a second, and no less than `least`. What it holds may become less than nothing, by
     what is taken without being there.
@@ -56,8 +56,8 @@ class TokenBucket:
 class RateGate:
     """The gate of `Rates`.
 
-    An attempt takes one request, and as many tokens as answers have used on average. When it has ended, that is
-    set right by what it used. One that got no answer gets its tokens back, since nobody knows whether the
+    An attempt takes one request, and as many tokens as answers have used on average. When it has ended, that
+    is set right by what it used. One that got no answer gets its tokens back, since nobody knows whether the
     agent has used any, and most often it has not; but not the request.
 
     The bucket of tokens holds two answers at least, so that what one gives back is not lost.

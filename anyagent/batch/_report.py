@@ -127,7 +127,7 @@ def _levels(intervals: Sequence[Interval]) -> str:
     in_flight = [interval.in_flight for interval in intervals]
     highest = max(max(interval.limit_max, interval.in_flight_max) for interval in intervals)
     if not highest:
-        return _note("The run was too short for it to be known.")
+        return _note("How many were in flight is not known.")
     curves = (
         Curve(
             "in flight (mean)", in_flight, [None if value is None else (0.0, value) for value in in_flight]

@@ -31,7 +31,11 @@ class Results:
 
     def add(self, result: Result, place: int) -> None:
         """Take in the result that is the `place`-th, from 0."""
-        if self._ordered:
+        if self._ordered and self.ended:
+            if place >= self._place:  # else one behind it was there to be taken
+                self._ready.append(result)
+                self._place = place + 1
+        elif self._ordered:
             self._early[place] = result
             while (ready := self._early.pop(self._place, None)) is not None:
                 self._ready.append(ready)
@@ -46,12 +50,16 @@ class Results:
         if not self.ended:
             self.ended = True
             self._error = error
-            self._ready.extend(self._early[place] for place in sorted(self._early))
+            for place in sorted(self._early):
+                self._ready.append(self._early[place])
+                self._place = place + 1
             self._early.clear()
             self._wake()
 
     async def take(self) -> Result:
-        """Wait for the next one; raises `StopAsyncIteration`, or what it ended with. A checkpoint now and then.
+        """Wait for the next one; raises `StopAsyncIteration`, or what it ended with.
+
+        It is a checkpoint now and then.
 
         Cancelled: nothing is lost.
         """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["CAPACITY", "WIDTH", "Interval", "Series", "coarser"]
 
 WIDTH: Final = 0.125  # seconds; of an interval, as long as there are few
-CAPACITY: Final = 600  # intervals; even, so that pairs can be made of them
+CAPACITY: Final = 300  # intervals; even, so that pairs can be made of them
 
 
 @dataclasses.dataclass(slots=True)

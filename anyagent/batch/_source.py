@@ -27,7 +27,8 @@ class Job:
     """A prompt on its way to its result.
 
     `index` is its place among all prompts, `order` among those that are asked; `attempts` are those that are
-    over, `tries` how many of them count; it was `queued`, and its newest attempt `begun`, at that time.
+    over, `tries` how many of them count; it was `queued` at that time, and its newest attempt had `begun` at
+    that, at the latest (``None``: not known).
     """
 
     __slots__ = ("attempts", "begun", "index", "key", "order", "prompt", "queued", "tries")
@@ -37,7 +38,8 @@ class Job:
         self.key = key
         self.index = index
         self.order = order
-        self.queued = self.begun = queued
+        self.queued = queued
+        self.begun: float | None = None
         self.attempts: tuple[Attempt, ...] = ()
         self.tries = 0
 
@@ -45,9 +47,9 @@ class Job:
 class Source:
     """Reads `prompts`, and leaves out those whose key `skip` says to.
 
-    `exhausted` once there are no more, also because reading them failed, with `failure`. An asynchronous
-    source is read ahead, by `run`; `on_change` is called then when there is something new. While `skipping`,
-    it has left out so many that others should have a turn.
+    `exhausted` once there are no more, also because reading them or `skip` failed, with `failure`. An
+    asynchronous source is read ahead, by `run`; `on_change` is called then when there is something new. While
+    `skipping`, it has left out so many that others should have a turn.
     """
 
     def __init__(
@@ -77,15 +79,20 @@ class Source:
     def take(self, now: float) -> Job | None:
         """The next prompt; ``None`` if there is none yet, or after many that were left out."""
         self.skipping = False
-        for _ in range(_SKIPPED_AT_ONCE):
-            prompt = self._next()
-            if prompt is None:
-                return None
-            key = key_of(prompt, self._agent)
-            self._index += 1
-            if self._skip is None or not self._skip(key):
-                self._order += 1
-                return Job(prompt, key, self._index - 1, self._order - 1, now)
+        try:
+            for _ in range(_SKIPPED_AT_ONCE):
+                prompt = self._next()
+                if prompt is None:
+                    return None
+                key = key_of(prompt, self._agent)
+                self._index += 1
+                if self._skip is None or not self._skip(key):
+                    self._order += 1
+                    return Job(prompt, key, self._index - 1, self._order - 1, now)
+        except Exception as exc:
+            self.exhausted = True
+            self.failure = exc
+            return None
         self.skipping = True
         return None
 
@@ -125,7 +132,4 @@ class Source:
             raise TypeError(f"a prompt must be a Prompt or a string, not {type(prompt).__name__}")
         except StopIteration:
             self.exhausted = True
-        except Exception as exc:
-            self.exhausted = True
-            self.failure = exc
         return None
