@@ -87,14 +87,13 @@ class Dispatcher:
         Raises what `close` was given, and what encoding the message raises.
         """
         await anyio.lowlevel.checkpoint()
-        now = anyio.current_time()
         request = Request(message, self._limits, self._stats, self._new_waker())
         if _observation.observer is not None:
             host, port = self._address
             watched = _observation.ObservedRequest(host, port, message.conversation)
-            request.observe(_observation.observer(watched), now)
+            request.observe(_observation.observer(watched), anyio.current_time())
         if self._closed is not None:
-            request.settle(self._closed(), now)
+            request.settle(self._closed(), anyio.current_time())
         else:
             self._waiting[request] = None
             self.serve()

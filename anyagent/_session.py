@@ -184,7 +184,7 @@ class Session:
             if not request.settled:
                 self._stats.cancelled += request.claimed
                 self._tell_to_stop(request)
-                self._settle(request, LEFT.for_request(request.phase))
+                self._settle(request, LEFT.for_request(request.phase), anyio.current_time())
         self._fail(LEFT)
         await self._closed.wait()
 
@@ -415,10 +415,10 @@ class Session:
         elif isinstance(terminal, om.EventEnd):
             self._stats.completed += 1
             self._last_error = None
-            self._settle(request, terminal)
+            self._settle(request, terminal, self._heard)
         else:
             self._stats.failed += 1
-            self._settle(request, agent_error(terminal))
+            self._settle(request, agent_error(terminal), self._heard)
         self._remove(request)
 
     def _notice(self, message: om.ServerMessage) -> None:
@@ -466,7 +466,7 @@ class Session:
     def _stop(self, request: Request, error: Exception | None) -> None:
         """Settle a request that the agent has not ended, and see to its lane."""
         self._tell_to_stop(request)
-        self._settle(request, error)
+        self._settle(request, error, anyio.current_time())
         if request.phase == "not_sent":
             self._remove(request)
         elif self._can_cancel and self._dialect.lanes is None:
@@ -475,8 +475,8 @@ class Session:
             request.drained = anyio.Event()
             self._start(self._drain, request, request.drained)
 
-    def _settle(self, request: Request, outcome: om.EventEnd | Exception | None) -> None:
-        request.settle(outcome, anyio.current_time())
+    def _settle(self, request: Request, outcome: om.EventEnd | Exception | None, now: float) -> None:
+        request.settle(outcome, now)
         self._withdraw_queued(request)
 
     def _withdraw_queued(self, request: Request) -> None:
@@ -542,7 +542,7 @@ class Session:
         for request in requests.values():
             if not request.settled:
                 self._stats.failed += 1
-                self._settle(request, failure.for_request(request.phase))
+                self._settle(request, failure.for_request(request.phase), anyio.current_time())
         self._owner.serve()  # the limit of all connections together has room for others now
         self._start_closing(close_code)
 

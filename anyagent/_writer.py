@@ -101,6 +101,7 @@ class Writer:
         """The messages to write together: a segment or two, so that those behind can still be withdrawn."""
         writes: list[bytes] = []
         size = 0
+        now = anyio.current_time()
         while self._queue and size < _WRITE_SIZE:
             outgoing = next(iter(self._queue))
             request = outgoing.request
@@ -111,7 +112,7 @@ class Writer:
             if request is not None and request.phase == "not_sent":
                 request.phase = "sent"
                 request.message = None
-                request.stats.sent = anyio.current_time()
+                request.stats.sent = now
             writes.append(outgoing.data)
             size += len(outgoing.data)
         else:

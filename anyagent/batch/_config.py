@@ -179,10 +179,10 @@ class BatchConfig:
     dialect: Dialect | str | None = None
     headers: HeadersLike | None = dataclasses.field(default=None, repr=False)
     ssl_context: ssl.SSLContext | None = None
-    limits: Limits = Limits()
-    connection_timeouts: Timeouts = Timeouts()
-    heartbeat: Heartbeat | None = Heartbeat()
-    reconnect: Backoff = Backoff(attempts=10)
+    limits: Limits = Limits()  # noqa: RUF009 - immutable
+    connection_timeouts: Timeouts = Timeouts()  # noqa: RUF009
+    heartbeat: Heartbeat | None = Heartbeat()  # noqa: RUF009
+    reconnect: Backoff = Backoff(attempts=10)  # noqa: RUF009
     on_reconnect: OnReconnect | None = None
     in_flight: int | Adaptive = Adaptive()
     rates: Rates = Rates()

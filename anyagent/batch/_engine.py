@@ -49,7 +49,7 @@ _EXPECTED: Final = (
 )
 
 
-class TooManyErrors(AnyAgentError):
+class TooManyErrors(Exception):
     """More prompts have failed than `BatchConfig.max_errors` or `BatchConfig.max_error_rate` allows.
 
     `failed` of `finished` prompts have; `last` is the newest one's error.
@@ -330,7 +330,7 @@ class Engine:
             )
         self._record(job, line, stats, end, None, reply.tokens_used)
         self._finish(job, stats, end, reply, None)
-        if limit is not None:
+        if limit is not None and limit.limit > line.host.in_flight:
             self._fill()
 
     def _failed(self, job: Job, line: Line, exc: Exception, stats: ResponseStats | None) -> None:

@@ -22,12 +22,14 @@ from ._output import OutputFile, SyncPolicy
 from ._rows import encode_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from ._engine import Engine
     from ._metrics import Latencies
+    from ._prompt import Prompt
     from ._result import Result
     from ._series import Interval
+    from ._source import Prompts
     from ._summary import Summary
 
 __all__ = ["FileJob", "FileRun", "Progress"]
@@ -86,7 +88,7 @@ class FileRun:
         """
         job = self._job
         job.check()
-        with self._open_output() as output, contextlib.closing(job.prompts()) as prompts:
+        with self._open_output() as output, _opened(job) as prompts:
             self._answered = len(output.answered)
             skip = self._skip_in(output) if self._answered else None
             async with run_engine(prompts, job.config, skip=skip) as engine:
@@ -214,3 +216,20 @@ class FileRun:
                 self._done += 1
             else:
                 self._failed += 1
+
+
+@contextlib.contextmanager
+def _opened(job: FileJob) -> Iterator[Prompts]:
+    """The prompts of the input, which is closed at the end of the block."""
+    prompts = job.prompts()
+    if job.waits_for_input:
+        # A thread may be waiting for the next one even then, and cannot be told to stop.
+        yield _read_in_thread(prompts)
+    else:
+        with contextlib.closing(prompts):
+            yield prompts
+
+
+async def _read_in_thread(prompts: Iterator[Prompt]) -> AsyncIterator[Prompt]:
+    while (prompt := await anyio.to_thread.run_sync(next, prompts, None, abandon_on_cancel=True)) is not None:
+        yield prompt

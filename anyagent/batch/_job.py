@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import stat
 from typing import TYPE_CHECKING
 
 from . import _journal
@@ -28,10 +29,10 @@ __all__ = ["FileJob", "Plan", "plan"]
 class FileJob:
     """What to do with which files.
 
-    * `input`: the prompts; ``None`` is standard input. `input_format` (default: by the name; JSONL for standard
-      input), `id_column`, `text_column`: see `read_prompts`.
-    * `output`: the answers; ``None`` is standard output. One whose name ends in ``.parquet`` is written at the
-      end, out of the answers that are kept in a file beside it meanwhile.
+    * `input`: the prompts; ``None`` is standard input. `input_format` (default: by the name; JSONL for
+      standard input), `id_column`, `text_column`: see `read_prompts`.
+    * `output`: the answers; ``None`` is standard output. One whose name ends in ``.parquet`` is written at
+      the end, out of the answers that are kept in a file beside it meanwhile.
     * `config`: which agents to ask, and how.
     * `fsync`: when to make answers durable.
     * `retry_failed`, `overwrite`: see `OutputFile.open`. Otherwise, prompts that the output has a row for are
@@ -71,6 +72,16 @@ class FileJob:
             with contextlib.suppress(OSError):
                 if self.input.samefile(self.output):
                     raise OutputError(self.output, "it is the input")
+
+    @property
+    def waits_for_input(self) -> bool:
+        """Whether reading the input may take as long as somebody else likes: it is no regular file."""
+        if self.input is None:
+            return True
+        try:
+            return not stat.S_ISREG(self.input.stat().st_mode)
+        except OSError:
+            return False  # which reading it will say
 
     def prompts(self) -> Generator[Prompt, None, None]:
         """The prompts of the input."""

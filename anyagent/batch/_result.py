@@ -12,10 +12,12 @@ __all__ = ["Attempt", "ErrorRecord", "Result", "Timings"]
 class ErrorRecord(msgspec.Struct, frozen=True):
     """Why a prompt, or an attempt, got no answer.
 
-    * `type`: the exception's: ``"AgentError"``, ``"Disconnected"``, ``"ProtocolError"``,
-      ``"SlowConsumerError"``, ``"TimeoutError"``, or ``"ValueError"`` for a prompt that cannot be sent.
-    * `code`: the agent's own for an ``AgentError``; a close code for ``Disconnected`` and
-      ``ProtocolError``; the timeout that was reached (``"total"``, ``"first_event"``, ``"idle"``); else ``None``.
+    * `type`: ``"AgentError"``, ``"Disconnected"``, ``"ProtocolError"``, ``"SlowConsumerError"`` (see there),
+      ``"TimeoutError"``, ``"NotCompleted"`` for an answer that the agent ended as cancelled or incomplete, or
+      that of a Python exception for a prompt that cannot be sent.
+    * `code`: the agent's own for an ``AgentError``; a close code for ``Disconnected`` and ``ProtocolError``;
+      the timeout that was reached (``"total"``, ``"first_event"``, ``"idle"``); the status of an answer that
+      is not complete; else ``None``.
     * `details`: in words; never the prompt.
     """
 
