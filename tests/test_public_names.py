@@ -19,6 +19,7 @@ import anyagent
 
 PUBLIC_MODULES = [
     "anyagent",
+    "anyagent.batch",
     "anyagent.cli",
     "anyagent.config",
     "anyagent.dialects",
@@ -28,6 +29,7 @@ PUBLIC_MODULES = [
     "anyagent.im",
     "anyagent.om",
     "anyagent.otel",
+    "anyagent.ray",
     "anyagent.testing",
     "anyagent.testing.faults",
     "anyagent.testing.pytest_plugin",
@@ -84,7 +86,8 @@ def test_no_layer_imports_from_above() -> None:
         ["_response"],
         ["_agent"],
         ["_open"],
-        ["_pool", "otel"],
+        ["_pool", "otel", "batch"],
+        ["_ray_gate", "_ray_governor", "_ray_pool", "ray"],
         ["testing", "cli", "__main__", "__init__"],
     ]
     rank = {name: number for number, names in enumerate(layers) for name in names}

@@ -34,7 +34,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh", "json", ""}
-    assert (len(PROGRAMS), len(TESTS)) == (4, 1)
+    assert (len(PROGRAMS), len(TESTS)) == (5, 1)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,9 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         (PROGRAMS[0], "Hello, agent! [2 tokens]\nAnd in one go?\n"),
         (PROGRAMS[1], "['Question 0', 'Question 1', 'Question 2']\n"),
         (PROGRAMS[2], "took too long\n2 requests were cancelled\n"),
+        (PROGRAMS[4], "1000 answered, 0 failed\n"),
     ],
-    ids=["trio", "asyncio", "time limit"],
+    ids=["trio", "asyncio", "time limit", "batch"],
 )
 def test_the_programs_run(program: str, output: str) -> None:
     assert run(sys.executable, "-W", "error", "-c", program) == output
@@ -56,9 +57,9 @@ def test_the_example_of_a_test_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [line for line in SHELL if not line.startswith("pip")])
-def test_the_commands_run(command: str) -> None:
+def test_the_commands_run(command: str, tmp_path: Path) -> None:
     bin_folder = str(Path(sys.executable).parent)
-    assert run("sh", "-c", f'PATH="{bin_folder}:$PATH"; {command}')
+    run("sh", "-c", f'PATH="{bin_folder}:$PATH"; {command}', cwd=tmp_path)
 
 
 def test_the_two_set_up_commands_install_and_then_run() -> None:

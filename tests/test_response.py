@@ -167,13 +167,35 @@ async def test_timestamps_are_taken_once_each_and_per_batch() -> None:
         await anyio.sleep(3)
         peer.send(OM.EventTextChunk("b", id=response.id), OM.EventEnd(1, id=response.id))
         await response.collect()
-        assert [
-            round(each - opened) for each in (stats.sent or 0, stats.first_event or 0, stats.end or 0)
-        ] == [
-            0,
-            2,
-            5,
-        ]
+        times = (stats.sent, stats.first_event, stats.last_event, stats.end)
+        assert [round((each or 0) - opened) for each in times] == [0, 2, 5, 5]
+
+
+@pytest.mark.parametrize("collected", [True, False])
+async def test_events_are_counted_and_the_newest_is_known_while_they_come(collected: bool) -> None:
+    async with memory_agent() as (agent, peer), anyio.create_task_group() as tasks:
+        response = await agent.send_message("hello")
+        await peer.receive()
+
+        async def consume() -> None:
+            if collected:
+                await response.collect()
+            else:
+                async for _ in response:
+                    pass
+
+        tasks.start_soon(consume)
+        for number in range(1, 6):
+            await anyio.sleep(1)
+            peer.send(
+                OM.EventTextChunk("a", id=response.id),
+                OM.EventReasoningChunk("b", id=response.id),
+                OM.EventTextChunk("c", id=response.id),
+            )
+            await anyio.wait_all_tasks_blocked()
+            assert response.stats.events == 3 * number
+            assert response.stats.last_event == pytest.approx(anyio.current_time(), abs=0.1)
+        peer.send(OM.EventEnd(1, id=response.id))
 
 
 async def test_text_that_was_not_taken_in_time_is_merged_without_loss() -> None:
