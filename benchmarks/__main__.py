@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure anyagent and its peers against a replay server on this machine.",
-        epilog="A full run takes some 20 minutes on two cores, --quick about one; --list says more. "
+        epilog="A full run takes some 25 minutes on two cores, --quick about one; --list says more. "
         "Tables go to standard output, progress to standard error. The exit code is 1 if a worker failed.",
         allow_abbrev=False,
     )

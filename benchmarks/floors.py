@@ -76,6 +76,7 @@ FLOORS: Final = (
         for client in (_ASYNCIO, _TRIO)
     ),
     *(Floor(("memory", "handles", client), None, 4096.0) for client in (_ASYNCIO, _TRIO)),
+    *(_against("batch", "long", _ASYNCIO, peer, 1 / 3) for peer in ("replaced", "aiohttp")),
     _against("import", "cpu", _ASYNCIO, "libraries-asyncio", 1.3),
     _against("import", "cpu", _TRIO, "libraries-trio", 1.3),
 )
@@ -85,6 +86,8 @@ AIMS: Final = (
     _against(*_BURST, _ASYNCIO, "picows"),
     *(_against(*_BURST, _TRIO, peer) for peer in ("aiohttp", "websockets", "picows", "httpx-ws")),
     *(_against(*_BURST, client, "floor") for client in (_ASYNCIO, _TRIO)),
+    _against("batch", "long", _TRIO, "aiohttp"),
+    *(_against("batch", "short", _ASYNCIO, peer) for peer in ("replaced", "replaced-16", "aiohttp")),
 )
 """What is worth knowing."""
 

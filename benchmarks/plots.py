@@ -37,6 +37,7 @@ def draw(results: Results, directory: Path) -> list[Path]:
         "in_flight": _in_flight,
         "size": _size,
         "latency": _latency,
+        "batch": _batch,
     }
     with settings():
         for name, make in figures.items():
@@ -56,7 +57,18 @@ def _cost(results: Results) -> Figure | None:
         "1,000 in flight, streamed": ("interleaved", "streamed-1000"),
         "1,000 in flight, collected": ("interleaved", "collected-1000"),
     }
-    chart = _by_client(results, "CPU time per chunk of answer, in µs (less is better)", panels)
+    floor_line = "dashed line: msgspec, decoding the same messages and nothing else; "
+    return _bars(results, "CPU time per chunk of answer, in µs (less is better)", panels, floor_line)
+
+
+def _batch(results: Results) -> Figure | None:
+    panels = {"answers of 200 chunks": ("batch", "long"), "answers of 20 chunks": ("batch", "short")}
+    title = "CPU time per prompt, from a file to a file, 256 in flight, in µs (less is better)"
+    return _bars(results, title, panels)
+
+
+def _bars(results: Results, title: str, panels: dict[str, _Key], note: str = "") -> Figure | None:
+    chart = _by_client(results, title, panels)
     if chart is None:
         return None
     figure, axes, clients = chart
@@ -72,8 +84,7 @@ def _cost(results: Results) -> Figure | None:
         floor = results.row(*key, _FLOOR)
         if floor is not None:
             ax.axvline(floor.median, color="#000000", linewidth=1, linestyle=(0, (3, 2)))
-    floor_line = "dashed line: msgspec, decoding the same messages and nothing else"
-    _note(figure, f"{floor_line}; black tips: lowest and highest run\n{_ONE_BY_ONE}")
+    _note(figure, f"{note}black tips: lowest and highest run\n{_ONE_BY_ONE}")
     return figure
 
 

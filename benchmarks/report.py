@@ -30,6 +30,7 @@ _COLUMNS: Final = (  # of the Markdown table: scenario, variant, heading, diviso
     ("latency", "load", "under load, µs", 1),
     ("cancel", "storm", "cancel, µs", 1),
     ("memory", "handles", "memory, KiB", 1024),
+    ("batch", "long", "batch, µs", 1),
     ("connect", "cycle", "connect, ms", 1000),
     ("import", "cpu", "import, ms", 1),
 )

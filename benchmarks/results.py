@@ -10,6 +10,7 @@ Rows are named by scenario, variant and client:
 * ``memory``: ``handles`` and ``tasks``; bytes per request
 * ``connect``: ``cycle``; µs, the median
 * ``import``: ``cpu``; ms of CPU
+* ``batch``: ``long`` and ``short``; CPU µs per prompt; extra ``prompts_per_s``
 * ``size``: ``16``, ``256``, ``4096``, ``65536`` (bytes of text in a chunk); CPU µs per chunk; extra
   ``mb_per_s``
 """

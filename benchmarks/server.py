@@ -10,11 +10,13 @@ what it does: ``/ids/PLAN?...`` with request ids and cancels, ``/single/PLAN?...
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import sys
 import threading
 import time
+from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import parse_qsl, urlsplit
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["PLANS", "ReplayServer"]
 
 _TICK: Final = 0.001  # seconds
+_WRITE: Final = 1 << 15  # bytes: what is written at once, if that much is due
 
 
 class Plan(Protocol):
@@ -142,6 +145,46 @@ class Probe:
         yield ends
 
 
+class Answer:
+    """``answer``: every prompt is answered as it comes, with `chunks` of `size` characters.
+
+    The chunks of all that are in flight come in turn. Their text is that of the prompt, over and over, so
+    that an answer can be told from another.
+    """
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        self._chunks = int(options["chunks"])
+        self._size = int(options["size"])
+        self._numbers = itertools.count()
+        self._arrived: deque[tuple[int, bytes, bytes]] = deque()  # a number, the frames of chunk and end
+
+    def prompt(self, message: IM.UserMessage) -> Iterator[bytes] | None:
+        piece = wire.frame(wire.chunk(message.id, wire.echo(message.text, self._size)))
+        self._arrived.append((next(self._numbers), piece, wire.frame(wire.end(message.id, self._chunks))))
+        return self._answer()  # has nothing to do if one before it was still busy
+
+    def _answer(self) -> Iterator[bytes]:
+        pieces: dict[int, bytes] = {}
+        ends: deque[tuple[int, int, bytes]] = deque()  # after which turn it comes, the number, the frame
+        turn = 0
+        while True:
+            while self._arrived:
+                number, piece, end = self._arrived.popleft()
+                pieces[number] = piece
+                ends.append((turn + self._chunks, number, end))
+            if not ends:
+                return
+            once = b"".join(pieces.values())
+            turns = min(ends[0][0] - turn, max(1, _WRITE // len(once)))
+            turn += turns
+            data = [once * turns]
+            while ends and ends[0][0] == turn:
+                _, number, end = ends.popleft()
+                del pieces[number]
+                data.append(end)
+            yield b"".join(data)
+
+
 class Hold:
     """``hold``: never answers a prompt."""
 
@@ -156,6 +199,7 @@ PLANS: Final[Mapping[str, Callable[[Mapping[str, str]], Plan]]] = {
     "round": Round,
     "paced": Paced,
     "probe": Probe,
+    "answer": Answer,
     "hold": Hold,
 }
 """What may follow ``/ids/`` and ``/single/`` in a URL."""
@@ -184,6 +228,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._outgoing: SimpleQueue[bytes | Iterator[bytes] | None] = SimpleQueue()  # None: no more
+        self._pongs: SimpleQueue[bytes] = SimpleQueue()  # which do not wait for the end of an answer
 
     def run(self) -> None:
         """Serve until either side has closed."""
@@ -235,7 +280,8 @@ class Connection:
                 if opcode == wire.TEXT:
                     self._message(plan, IM.decode(payload))
                 elif opcode == wire.PING:
-                    self._outgoing.put(wire.frame(payload, wire.PONG))
+                    self._pongs.put(wire.frame(payload, wire.PONG))
+                    self._outgoing.put(b"")  # wakes the writer
                 elif opcode == wire.CLOSE:
                     self._outgoing.put(wire.frame(payload[:2], wire.CLOSE))
                     self._outgoing.put(None)  # the writer ends the stream, the client then closes
@@ -255,6 +301,8 @@ class Connection:
         with contextlib.suppress(OSError):  # the client is gone, which the reader hears of as well
             while (item := self._outgoing.get()) is not None:
                 for data in (item,) if isinstance(item, bytes) else item:
+                    while not self._pongs.empty():
+                        self._socket.sendall(self._pongs.get())
                     self._socket.sendall(data)
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -263,7 +311,7 @@ class ReplayServer:
     """Listens on a free port of the loopback interface, and serves in threads until the process ends."""
 
     def __init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 

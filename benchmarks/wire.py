@@ -27,6 +27,7 @@ __all__ = [
     "Order",
     "accept_key",
     "chunk",
+    "echo",
     "end",
     "frame",
     "round_frames",
@@ -107,8 +108,12 @@ def _unmask(payload: bytes, mask: bytes) -> bytes:
 
 def text_of(size: int) -> str:
     """`size` characters of ASCII."""
-    words = "The quick brown fox jumps over the lazy dog. "
-    return (words * (size // len(words) + 1))[:size]
+    return echo("The quick brown fox jumps over the lazy dog. ", size)
+
+
+def echo(text: str, size: int) -> str:
+    """`size` characters of `text`, over and over."""
+    return (text * (size // len(text) + 1))[:size]
 
 
 def chunk(request_id: str | None, text: str) -> bytes:

@@ -19,6 +19,7 @@ VARIANTS = {
     "in_flight": ("interleaved", "streamed-32"),
     "size": ("size", "256"),
     "latency": ("latency", "idle"),
+    "batch": ("batch", "long"),
 }
 
 

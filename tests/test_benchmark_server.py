@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from anyagent import IM
 from benchmarks import wire
-from benchmarks.server import ReplayServer
+from benchmarks.server import PLANS, ReplayServer
 
 ROOT = Path(__file__).parent.parent
 if TYPE_CHECKING:
@@ -66,6 +67,42 @@ def test_the_frames_of_a_round_are_its_messages() -> None:
     for order in ("burst", "interleaved"):
         messages = wire.round_messages(("1", "2"), 3, 26, order)
         assert wire.round_frames(("1", "2"), 3, 26, order) == b"".join(map(wire.frame, messages))
+
+
+def test_an_echo_is_as_long_as_it_should_be() -> None:
+    assert [wire.echo("abc", size) for size in (2, 3, 7)] == ["ab", "abc", "abcabca"]
+
+
+# the plans
+
+
+def answered(*messages: tuple[str | None, str | None]) -> bytes:
+    """The frames of chunks, by id and text, and of ends, without a text."""
+    return b"".join(
+        wire.frame(wire.end(request_id, 2) if text is None else wire.chunk(request_id, text))
+        for request_id, text in messages
+    )
+
+
+def test_answers_that_are_in_flight_get_their_chunks_in_turn() -> None:
+    plan = PLANS["answer"]({"chunks": "2", "size": "4"})
+    first, second = (plan.prompt(IM.UserMessage(text=text, id=text[0])) for text in ("abc", "b"))
+    assert first is not None
+    assert second is not None
+    turn = (("a", "abca"), ("b", "bbbb"))
+    assert b"".join(first) == answered(*turn, *turn, ("a", None), ("b", None))
+    assert list(second) == []  # the first one has done its work
+
+
+def test_a_prompt_joins_the_answers_that_are_being_written() -> None:
+    size = 1 << 15  # so that a chunk is a write of its own
+    plan = PLANS["answer"]({"chunks": "2", "size": str(size)})
+    first = plan.prompt(IM.UserMessage(text="a", id="a"))
+    assert first is not None
+    a, b = ("a", "a" * size), ("b", "b" * size)
+    assert next(first) == answered(a)
+    plan.prompt(IM.UserMessage(text="b", id="b"))
+    assert list(first) == [answered(a, b, ("a", None)), answered(b, ("b", None))]
 
 
 # the server
@@ -186,6 +223,13 @@ def test_a_round_that_is_held_is_answered_when_the_client_says_so(port: int) -> 
             assert [client.message()["id"] for _ in range(5)] == ["go", "1", "2", "1", "2"]
 
 
+def test_prompts_are_answered_as_they_come(port: int) -> None:
+    with connected(port, "/single/answer?chunks=2&size=3") as client:
+        for text in ("a", "b"):
+            client.prompt(text)
+            assert chunks_of(*(client.message() for _ in range(3))) == [*[(None, text * 3)] * 2, (None, None)]
+
+
 def test_without_ids_the_answers_have_none(port: int) -> None:
     with connected(port, "/single/round?requests=1&chunks=1&size=3") as client:
         client.prompt(wire.PROMPT)
@@ -239,6 +283,17 @@ def test_the_server_answers_pings_and_ignores_pongs(port: int) -> None:
     with connected(port, "/ids/hold") as client:
         client.socket.sendall(masked(b"quiet", wire.PONG) + masked(b"ping", wire.PING))
         assert client.frame() == (wire.PONG, b"ping")
+
+
+def test_a_pong_does_not_wait_for_the_end_of_an_answer(port: int) -> None:
+    # More than sockets buffer, so that the answer has not ended when the ping comes.
+    with connected(port, f"/ids/answer?chunks=512&size={1 << 16}") as client:
+        client.prompt("a", id="1")
+        assert client.message()["id"] == "1"
+        client.socket.sendall(masked(b"ping", wire.PING))
+        while (frame := client.frame())[0] == wire.TEXT:
+            assert json.loads(frame[1])["type"] == "AGENT_EVENT_TEXT_CHUNK"
+        assert frame == (wire.PONG, b"ping")
 
 
 def test_the_server_answers_a_close_and_ends_the_stream(port: int) -> None:

@@ -104,7 +104,8 @@ class FrameSplitter:
         limit = self._message_size
         short = min(limit, _LONGEST_OF_CONTROL)
         available = len(data)
-        while position < available - 1:
+        last = available - 1
+        while position < last:
             length = data[position + 1]
             if length <= short:
                 start = position + 2

@@ -101,7 +101,7 @@ class Fleet:
     ) -> None:
         self.in_flight = 0
         self.reconnects = 0
-        self.failure: AnyAgentError | None = None
+        self.failure: ConnectError | None = None
         self._config = config
         self._on_change = on_change
         self._start_soon = start_soon
@@ -183,7 +183,7 @@ class Fleet:
             if self._hopeless(failures):
                 self._slots -= 1
                 if not self._slots or not self._ever_connected:
-                    self.failure = cause
+                    self.failure = _given_up(cause)
                     self._on_change()
                 return
             logger.warning("batch: %s:%d: %s, connecting again", *host.address, type(cause).__name__)
@@ -234,3 +234,11 @@ class Fleet:
             raise ConnectError(f"no new headers within {config.connection_timeouts.connect:g} s") from exc
         if headers is not None:
             host.headers = kept(headers)
+
+
+def _given_up(cause: AnyAgentError) -> ConnectError:
+    if isinstance(cause, ConnectError):
+        return cause
+    error = ConnectError(f"every connection was lost again: {cause}")
+    error.__cause__ = cause
+    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ._base import FLOOR, Job, Scenario, Variant
+from .batch import Batch
 from .burst import Burst
 from .cancel import Cancel
 from .connect import Connect
@@ -25,6 +26,7 @@ ALL: Final[tuple[Scenario, ...]] = (
     Latency(),
     Cancel(),
     Memory(),
+    Batch(),
     Connect(),
     Imports(),
 )
