@@ -197,9 +197,9 @@ class Engine:
 
     def _changed(self) -> None:
         """There may be a place, or will never be one again."""
-        if self._fleet.failure is not None:
-            self._results.end(self._fleet.failure)
         self._fill()
+        if self._fleet.failure is not None and not self._filling_soon:  # else there may be nothing to ask
+            self._results.end(self._fleet.failure)
 
     def _fill(self) -> None:
         """Start a worker for each prompt that there is a place for."""
@@ -245,7 +245,7 @@ class Engine:
     async def _fill_soon(self) -> None:
         await anyio.lowlevel.checkpoint()
         self._filling_soon = False
-        self._fill()
+        self._changed()
 
     def _end_if_done(self) -> None:
         if self._working or (self._unfinished and not self._stopping) or self._results.ended:

@@ -69,6 +69,7 @@ class FileRun:
 
     def __init__(self, job: FileJob) -> None:
         self.stopped = False
+        self.failed_before = 0  # rows with an error that were there, and are not asked again
         self._job = job
         self._engine: Engine | None = None
         self._patience = anyio.CancelScope()
@@ -90,6 +91,7 @@ class FileRun:
         job.check()
         with self._open_output() as output, _opened(job) as prompts:
             self._answered = len(output.answered)
+            self.failed_before = output.answered_failed
             skip = self._skip_in(output) if self._answered else None
             async with run_engine(prompts, job.config, skip=skip) as engine:
                 self._engine = engine

@@ -216,7 +216,12 @@ def _opened(path: Path | None, source: str) -> AbstractContextManager[BinaryIO]:
         return path.open("rb", buffering=_BUFFER)
     if sys.stdin is None:  # the process was started without one
         raise InputError(source, None, "it is closed")
-    return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        descriptor = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):  # it is no file, but what a program has put there
+        return contextlib.nullcontext(sys.stdin.buffer)
+    # Not by its own buffer: the interpreter could not end while a thread waits for that.
+    return open(descriptor, "rb", buffering=_BUFFER, closefd=False)
 
 
 def _read_jsonl(

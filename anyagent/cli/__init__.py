@@ -1,4 +1,4 @@
-"""The command ``anyagent``: ask an agent, chat with it, or serve one to try things with."""
+"""The command ``anyagent``: ask an agent, chat with it, ask it a file of prompts, or serve one to try."""
 
 from __future__ import annotations
 

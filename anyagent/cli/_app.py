@@ -1,37 +1,30 @@
 """The command line: commands, options and their help."""
 
-import enum
 import importlib.metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from . import _batch_command
 from ._ask import ask
 from ._chat import chat
 from ._connection import Connection
 from ._errors import run
+from ._options import BACKEND, DIALECT, ENVIRONMENT, HEADER, Backend, Wire
 from ._serve import serve
 
 __all__ = ["app"]
 
 
-class Backend(enum.StrEnum):
-    asyncio = "asyncio"
-    trio = "trio"
-
-
-class Wire(enum.StrEnum):
-    native = "native"
-    single = "single"
-
-
 app = typer.Typer(
-    help="Talk to an AI agent over a WebSocket: one question, a chat, or an agent to try it with.",
+    help="Talk to an AI agent over a WebSocket: one question, a chat, a file of prompts, or an agent to try "
+    "it with.",
     epilog="""\b
 Examples:
   anyagent ask "Hello, agent!"
   anyagent chat --url wss://agent.example/ws
+  anyagent batch prompts.jsonl -o answers.jsonl
   anyagent serve --port 9000
 
 Each command has a --help of its own.
@@ -51,21 +44,6 @@ _URL = Annotated[
         help="The agent's ws:// or wss:// address. Without it, an embedded agent answers, which echoes.",
     ),
 ]
-_HEADER = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME:VALUE", help="A header for the WebSocket handshake. May be repeated."),
-]
-_DIALECT = Annotated[
-    Wire | None, typer.Option(metavar="native|single", help="The wire's dialect.  [default: negotiated]")
-]
-_BACKEND = Annotated[Backend, typer.Option(metavar="asyncio|trio", help="The event loop.")]
-
-_ENVIRONMENT = """\b
-Environment:
-  ANYAGENT_URL    stands for --url
-  ANYAGENT_TOKEN  is sent as "Authorization: Bearer ...", unless the URL or
-                  a --header says otherwise; never to the embedded agent
-"""
 
 
 def _print_version(wanted: bool) -> None:
@@ -92,7 +70,7 @@ Examples:
   anyagent ask --json --timeout 60 "Count to ten." | jq -r .type
 
 """
-    + _ENVIRONMENT
+    + ENVIRONMENT
     + """
 \b
 Exit codes:
@@ -121,9 +99,9 @@ def _ask(
         float | None,
         typer.Option(metavar="SECONDS", help="How long the whole may take.  [default: as long as it takes]"),
     ] = None,
-    header: _HEADER = None,
-    dialect: _DIALECT = None,
-    backend: _BACKEND = Backend.asyncio,
+    header: HEADER = None,
+    dialect: DIALECT = None,
+    backend: BACKEND = Backend.asyncio,
 ) -> None:
     """Ask one question; print the answer as it arrives.
 
@@ -151,7 +129,7 @@ Examples:
   anyagent chat < questions.txt > answers.txt
 
 """
-    + _ENVIRONMENT
+    + ENVIRONMENT
     + """
 \b
 Exit codes:
@@ -172,9 +150,9 @@ def _chat(
         Path | None,
         typer.Option(metavar="FILE", help="Keep what is entered in FILE.  [default: only in memory]"),
     ] = None,
-    header: _HEADER = None,
-    dialect: _DIALECT = None,
-    backend: _BACKEND = Backend.asyncio,
+    header: HEADER = None,
+    dialect: DIALECT = None,
+    backend: BACKEND = Backend.asyncio,
 ) -> None:
     """Hold a conversation.
 
@@ -191,6 +169,9 @@ def _chat(
             )
         )
     )
+
+
+_batch_command.add_to(app)
 
 
 @app.command(

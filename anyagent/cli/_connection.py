@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .._agent import Agent
     from ._display import Display
 
-__all__ = ["Connection"]
+__all__ = ["CLOSE_TIMEOUT", "Connection"]
 
-_CLOSE_TIMEOUT: Final = 2.0  # seconds; somebody waits for the shell's prompt
+CLOSE_TIMEOUT: Final = 2.0  # seconds; somebody waits for the shell's prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class Connection:
             self.url,
             dialect=self.dialect,
             headers=self.headers,
-            timeouts=Timeouts(close=_CLOSE_TIMEOUT),
+            timeouts=Timeouts(close=CLOSE_TIMEOUT),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import sys
 from typing import TYPE_CHECKING, Final, cast
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Display", "OutputClosed", "OutputFailed"]
 
+_MOMENT: Final = 0.1  # seconds
 _REORDERING: Final = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # makes text read as what it is not
 _PICTURES: Final = (
     {code: 0x2400 + code for code in range(0x20)}
@@ -89,6 +91,37 @@ class Display:
         """Say several lines on standard error."""
         self._complain(text.translate(_PICTURES_IN_TEXT) if self._err.terminal else text)
 
+    def json_note(self, data: object) -> None:
+        """Say something as a line of JSON on standard error."""
+        self._complain(_json_line(msgspec.json.encode(data), self._err))
+
+    def paint(self, text: str) -> None:
+        """Write harmless text, control sequences and all, to a terminal that is standard error.
+
+        It ends at the beginning of a line.
+        """
+        self._complain(text)
+        for stream in (self._out, self._err):
+            stream.mid_line &= not stream.terminal
+
+    def size(self) -> os.terminal_size:
+        """Columns and lines of the terminal that is standard error."""
+        return self._err.size()
+
+    @property
+    def paintable(self) -> bool:
+        """Whether standard error is a terminal whose cursor can be moved."""
+        return self._err.terminal and os.environ.get("TERM", "dumb") != "dumb"
+
+    @property
+    def answers_on_terminal(self) -> bool:
+        """Whether standard output is a terminal."""
+        return self._out.terminal
+
+    def page(self, text: str) -> None:
+        """Print several lines on standard output. Raises `OutputClosed` or `OutputFailed`."""
+        self._out.write(text.translate(_PICTURES_IN_TEXT) if self._out.terminal else text)
+
     def line(self, text: str) -> None:
         """Print a line on standard output. Raises `OutputClosed` or `OutputFailed`."""
         self._out.write(text + "\n")
@@ -112,6 +145,14 @@ class Display:
         for stream in (self._out, self._err):
             stream.mid_line |= stream.terminal
 
+    def last_line(self) -> None:
+        """End the line in which a terminal has echoed a Ctrl-C; for a signal handler that ends the process.
+
+        It neither waits nor uses what the code that it interrupts may be using.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            self._err.write_now(b"\n")
+
     def discard_unwritten(self) -> None:
         """Give up what a stream did not take, or the interpreter would try again when it exits."""
         self._out.discard_unwritten()
@@ -119,10 +160,8 @@ class Display:
 
     def _json(self, event: om.AgentEvent) -> None:
         data = om.encode(cast("om.ServerMessage", event))
-        line = msgspec.json.format(data, indent=-1).decode()  # an Unknown's may be of many lines
-        if self._out.terminal:
-            line = _CONTROL_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
-        self._out.write(line + "\n")
+        data = msgspec.json.format(data, indent=-1)  # an Unknown's may be of many lines
+        self._out.write(_json_line(data, self._out))
 
     def _text(self, text: str) -> None:
         if self._err.mid_line and self._out.terminal:
@@ -146,6 +185,13 @@ class Display:
     def _complain(self, text: str) -> None:
         with contextlib.suppress(OutputClosed, OutputFailed):
             self._err.write(text)
+
+
+def _json_line(data: bytes, stream: _Stream) -> str:
+    line = data.decode() + "\n"
+    if stream.terminal:
+        line = _CONTROL_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
+    return line
 
 
 class _Stream:
@@ -177,6 +223,21 @@ class _Stream:
             raise OutputFailed(exc.strerror) from exc
         self._unwritten = False
         self.mid_line = not text.endswith("\n")
+
+    def size(self) -> os.terminal_size:
+        """Columns and lines, as far as this is a terminal that knows."""
+        columns = lines = 0
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                columns, lines = os.get_terminal_size(self._stream.fileno())
+        return os.terminal_size((columns or 80, lines or 24))
+
+    def write_now(self, data: bytes) -> None:
+        """Write beneath all buffers, if this is a terminal that takes something within a moment."""
+        if self._stream is not None and self.terminal:
+            file = self._stream.fileno()
+            if select.select([], [file], [], _MOMENT)[1]:
+                os.write(file, data)
 
     def discard_unwritten(self) -> None:
         if self._unwritten and self._stream is not None:

@@ -13,7 +13,19 @@ from ._signals import Signals, Terminated
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ExitCode", "Expired", "HandlerStuck", "NotListening", "UsageError", "describe", "run"]
+__all__ = [
+    "Aborted",
+    "ExitCode",
+    "Expired",
+    "HandlerStuck",
+    "NotListening",
+    "NotWritten",
+    "RowsFailed",
+    "Stopped",
+    "UsageError",
+    "describe",
+    "run",
+]
 
 
 class ExitCode(enum.IntEnum):
@@ -26,6 +38,7 @@ class ExitCode(enum.IntEnum):
     DISCONNECTED = 4
     PROTOCOL = 5
     OUTPUT = 6
+    ABORTED = 7
     TIMEOUT = 124
     INTERRUPTED = 130
     OUTPUT_CLOSED = 141
@@ -44,6 +57,26 @@ class HandlerStuck(Exception):
     """An agent that was served did not end, because of its handler."""
 
 
+class NotWritten(Exception):
+    """A file of the command's could not be written."""
+
+
+class Aborted(Exception):
+    """A batch failed too often to be gone on with."""
+
+
+class RowsFailed(Exception):
+    """A batch is finished, and some of its prompts have failed."""
+
+
+class Stopped(Exception):
+    """A signal has stopped a batch, and all that is to be said has been; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
 class Expired(Exception):
     """The answer was not complete in time."""
 
@@ -51,13 +84,16 @@ class Expired(Exception):
 _FAILURES: Final[dict[type[Exception], tuple[ExitCode, str]]] = {
     AgentError: (ExitCode.AGENT_ERROR, "the agent answered with an error: "),
     HandlerStuck: (ExitCode.AGENT_ERROR, ""),
+    RowsFailed: (ExitCode.AGENT_ERROR, ""),
     UsageError: (ExitCode.USAGE, ""),
     ConnectError: (ExitCode.NOT_CONNECTED, ""),
     NotListening: (ExitCode.NOT_CONNECTED, ""),
     Disconnected: (ExitCode.DISCONNECTED, ""),
     ProtocolError: (ExitCode.PROTOCOL, "the agent broke the protocol: "),
     OutputFailed: (ExitCode.OUTPUT, "the answer could not be written: "),
+    NotWritten: (ExitCode.OUTPUT, ""),
     SlowConsumerError: (ExitCode.OUTPUT, "the answer was not taken as fast as it came: "),
+    Aborted: (ExitCode.ABORTED, ""),
     Expired: (ExitCode.TIMEOUT, ""),
 }
 
@@ -71,7 +107,7 @@ def run(command: Callable[[Display, Signals], None], *, as_json: bool = False) -
     """Run a command; return the code to exit with. An exception that is a bug passes through."""
     display = Display(as_json=as_json)
     try:
-        with Signals() as signals:
+        with Signals(display.last_line) as signals:
             command(display, signals)
     except tuple(_FAILURES) as exc:
         with contextlib.suppress(OutputClosed, OutputFailed):
@@ -80,6 +116,8 @@ def run(command: Callable[[Display, Signals], None], *, as_json: bool = False) -
         code = _FAILURES[type(exc)][0]
     except OutputClosed:
         code = ExitCode.OUTPUT_CLOSED
+    except Stopped as exc:
+        code = ExitCode(128 + exc.number)
     except (KeyboardInterrupt, Terminated) as exc:
         display.interrupted()
         with contextlib.suppress(OutputClosed, OutputFailed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from .._agent import Agent
 
-__all__ = ["relay", "send_answer"]
+__all__ = ["relay", "result_of", "send_answer"]
+
+_T = TypeVar("_T")
 
 _EVENTS_AHEAD: Final = 64
 _NO_TOOLS: Final = "error: this client has no tools"
@@ -46,7 +48,7 @@ def relay(
 
     running = portal.start_task_soon(run)
     try:
-        while events := _result(portal.start_task_soon(_take, receive), signals):
+        while events := result_of(portal.start_task_soon(_take, receive), signals):
             with signals.raised():
                 for event in events:
                     show(event)
@@ -79,7 +81,7 @@ async def send_answer(
         await send.send(response.end)
 
 
-def _result(future: Future[list[om.AgentEvent]], signals: Signals) -> list[om.AgentEvent]:
+def result_of(future: Future[_T], signals: Signals) -> _T:
     """Wait for the result of `future`, or for what a signal raises.
 
     A signal that raised while `future` is at work with its locks would leave them locked for ever, so the

@@ -8,7 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from types import FrameType, TracebackType
 
 __all__ = ["SIGNAL_POLL", "Signals", "Terminated"]
@@ -28,10 +28,12 @@ class Signals:
 
     Inside `raised`, a signal raises `KeyboardInterrupt` or `Terminated`. Anywhere else it waits for the next
     such place, so that nothing is left half done; yet a second signal means that this takes too long, and
-    ends the process at once. A signal that was ignored when the process began stays ignored.
+    ends the process at once, after calling `last_words`, which must not wait for anything. A signal that was
+    ignored when the process began stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: Callable[[], object] = lambda: None) -> None:
+        self._last_words = last_words
         self._raising: Collection[int] = ()
         self._pending: int | None = None
 
@@ -70,6 +72,7 @@ class Signals:
             self._pending = number
             self._raise(number)
         if self._pending is not None:
+            self._last_words()
             os._exit(128 + number)
         self._pending = number
 
