@@ -102,13 +102,12 @@ class MemoryAgent:
     async def _serve(self, peer: MemoryPeer) -> None:
         scopes: dict[str | None, tuple[str, anyio.CancelScope]] = {}
 
-        async def work(message: IM.UserMessage) -> None:
+        async def work(message: IM.UserMessage, scope: anyio.CancelScope) -> None:
             self.seen.append(message.text)
             self.in_flight += 1
             self.peak = max(self.peak, self.in_flight)
             try:
-                with anyio.CancelScope() as scope:
-                    scopes[message.id] = message.text, scope
+                with scope:
                     await self.handler(message.text, Answer(self, peer, message.id))
             finally:
                 scopes.pop(message.id, None)
@@ -121,7 +120,9 @@ class MemoryAgent:
                 except anyio.EndOfStream:
                     break
                 if isinstance(message, IM.UserMessage):
-                    tasks.start_soon(work, message)
+                    scope = anyio.CancelScope()
+                    scopes[message.id] = message.text, scope
+                    tasks.start_soon(work, message, scope)
                 elif isinstance(message, IM.Cancel) and message.id in scopes:
                     text, scope = scopes[message.id]
                     self.cancelled.append(text)
@@ -139,7 +140,9 @@ async def memory_agents(
     urls = {f"ws://{name}/": agent for name, agent in agents.items()}
 
     @asynccontextmanager
-    async def open_agent(url: str, *, headers: object, ssl_context: object, **options: object) -> AsyncIterator[Agent]:
+    async def open_agent(
+        url: str, *, headers: object, ssl_context: object, **options: object
+    ) -> AsyncIterator[Agent]:
         agent = urls[url]
         agent.headers.append(headers)
         options["heartbeat"] = None

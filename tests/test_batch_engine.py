@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from anyagent import OM, AgentError, Backoff, ConnectError
+from anyagent import OM, Backoff, ConnectError
 from anyagent.batch import (
+    Adaptive,
     AttemptTimeouts,
     BatchConfig,
     Prompt,
@@ -25,8 +26,6 @@ from .peers import SINGLE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
-
-    from anyagent.batch import Batch
 
 pytestmark = pytest.mark.anyio
 
@@ -647,3 +646,15 @@ async def test_a_summary_has_the_figures(monkeypatch: pytest.MonkeyPatch) -> Non
             assert (batch.done, batch.failed) == (summary.done, summary.failed) == (9, 1)
     assert summary.elapsed == pytest.approx(5, abs=0.1)
     assert summary.tokens == 9
+
+
+async def test_what_waits_for_its_rate_is_not_in_flight_and_lets_no_limit_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = MemoryAgent()
+    async with memory_agents(monkeypatch, agent=agent) as urls:
+        config = BatchConfig(urls, rates=Rates(requests_per_minute=60))
+        async with open_batch(numbered(200), config) as batch:
+            async for _ in batch:
+                assert batch.in_flight <= 2
+            assert batch.limit == Adaptive().initial

@@ -43,7 +43,9 @@ async def slowly(prompt: str, answer: Answer) -> None:
     await echo(prompt, answer)
 
 
-async def test_connections_that_are_lost_again_and_again_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_that_are_lost_again_and_again_are_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     agent = MemoryAgent(fall)
     async with memory_agents(monkeypatch, agent=agent) as urls:
         retry = Retry(safety="idempotent", attempts=1_000)
@@ -71,7 +73,9 @@ async def test_a_connection_that_was_healthy_ends_the_row(monkeypatch: pytest.Mo
     assert agent.connections == 10
 
 
-async def test_an_agent_that_is_given_up_leaves_the_work_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_agent_that_is_given_up_leaves_the_work_to_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     falling, other = MemoryAgent(fall_for_good), MemoryAgent(slowly)
     async with memory_agents(monkeypatch, a=falling, b=other) as urls:
         config = BatchConfig(
@@ -82,14 +86,18 @@ async def test_an_agent_that_is_given_up_leaves_the_work_to_the_others(monkeypat
     assert len(results) == len(other.seen) == 20
 
 
-async def test_an_agent_that_is_not_there_yet_is_waited_for_if_another_is(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_agent_that_is_not_there_yet_is_waited_for_if_another_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     late, other = MemoryAgent(slowly, down=True), MemoryAgent(slowly)
-    async with memory_agents(monkeypatch, a=late, b=other) as urls:
-        async with open_batch(PROMPTS, BatchConfig(urls, in_flight=4)) as batch:
-            assert batch.limit == 4
-            await anext(batch)
-            late.down = False
-            assert len([result async for result in batch]) == 19
+    async with (
+        memory_agents(monkeypatch, a=late, b=other) as urls,
+        open_batch(PROMPTS, BatchConfig(urls, in_flight=4)) as batch,
+    ):
+        assert batch.limit == 4
+        await anext(batch)
+        late.down = False
+        assert len([result async for result in batch]) == 19
     assert late.seen
 
 
@@ -103,11 +111,13 @@ async def test_a_batch_with_a_result_for_each_prompt_has_ended_whether_or_not_th
             await anyio.sleep_forever()
 
     agent = MemoryAgent(fall_together)
-    async with memory_agents(monkeypatch, agent=agent) as urls:
-        async with open_batch(PROMPTS[:2], BatchConfig(urls, in_flight=2)) as batch:
-            started = anyio.current_time()
-            errors = [result.error async for result in batch]
-            assert anyio.current_time() == started
+    async with (
+        memory_agents(monkeypatch, agent=agent) as urls,
+        open_batch(PROMPTS[:2], BatchConfig(urls, in_flight=2)) as batch,
+    ):
+        started = anyio.current_time()
+        errors = [result.error async for result in batch]
+        assert anyio.current_time() == started
     assert [error and error.type for error in errors] == ["Disconnected"] * 2
 
 
@@ -207,7 +217,9 @@ async def test_a_timeout_does_not_begin_before_the_attempt(monkeypatch: pytest.M
             assert (await anext(batch)).error is None
 
 
-async def test_an_attempt_that_cannot_be_written_has_its_timeouts_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_attempt_that_cannot_be_written_has_its_timeouts_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     agent = MemoryAgent()
     async with memory_agents(monkeypatch, agent=agent) as urls:
         timeouts = AttemptTimeouts(total=7)

@@ -1,4 +1,4 @@
-"""Whatever agents, sources and consumers do, every prompt has one result and is asked no more than is allowed."""
+"""Whatever agents and consumers do, every prompt has one result and is asked no more than is allowed."""
 
 from __future__ import annotations
 
@@ -45,10 +45,27 @@ READ_AHEAD: Final = 65
 
 _numbers: Final = st.integers(0, 5)
 _kind: Final = ["answer"] * 4 + ["wait", "wait", "piecemeal", "busy", "busy", "later"]
-_trouble: Final = ["refuse", "try_me", "hang", "halve", "cut off", "nonsense", "violate", "lose", "part", "fall"]
+_trouble: Final = [
+    "refuse",
+    "try_me",
+    "hang",
+    "halve",
+    "cut off",
+    "nonsense",
+    "violate",
+    "lose",
+    "part",
+    "fall",
+]
 _behaviours: Final[st.SearchStrategy[Behaviour]] = st.tuples(st.sampled_from(_kind + _trouble), _numbers)
 _statuses: Final = st.sampled_from(
-    [NATIVE, NATIVE, OM.Status("ready", ("ids", "cancel"), max_in_flight=2), OM.Status("ready", ("ids",)), SINGLE]
+    [
+        NATIVE,
+        NATIVE,
+        OM.Status("ready", ("ids", "cancel"), max_in_flight=2),
+        OM.Status("ready", ("ids",)),
+        SINGLE,
+    ]
 )
 _retries: Final = st.builds(
     Retry,
@@ -71,7 +88,8 @@ _rates: Final = st.builds(
 _options: Final = st.fixed_dictionaries(
     {
         "connections": st.integers(1, 2),
-        "in_flight": st.integers(1, 4) | st.builds(Adaptive, initial=st.integers(2, 3), maximum=st.integers(3, 5)),
+        "in_flight": st.integers(1, 4)
+        | st.builds(Adaptive, initial=st.integers(2, 3), maximum=st.integers(3, 5)),
         "retry": _retries,
         "timeouts": _timeouts,
         "rates": st.just(Rates()) | _rates,
@@ -109,7 +127,7 @@ class Asked:
 
 
 class Play:
-    """Agents that do with each prompt what is drawn for it, the first time, the second..., and what they saw."""
+    """Agents that do with each prompt what is drawn for it, each time, and what they saw."""
 
     def __init__(self, plan: list[list[Behaviour]], statuses: list[OM.Status]) -> None:
         self.asked: list[Asked] = []
@@ -160,7 +178,9 @@ class Play:
                 self._lose(answer.agent)
             case "nonsense":
                 self._disturb_where_it_has_no_ids(answer)
-                answer.send(b'{"type": "AGENT_EVENT_TEXT_CHUNK", "id": "%s", "text": 5}' % (answer.id or "").encode())
+                answer.send(
+                    b'{"type": "AGENT_EVENT_TEXT_CHUNK", "id": "%s", "text": 5}' % (answer.id or "").encode()
+                )
                 await anyio.sleep_forever()
             case "violate":
                 self.disturbed.add(answer.peer)
@@ -206,7 +226,7 @@ class Reader:
         self._source = source
         self._prompts = [f"prompt {number}" for number in range(count)]
 
-    def prompts(self) -> Iterable[str] | AsyncGenerator[str]:
+    def prompts(self) -> Iterable[str] | AsyncGenerator[str, None]:
         match self._source:
             case "list":
                 return self._prompts
@@ -226,7 +246,7 @@ class Reader:
         if self.fails:
             raise self.error
 
-    async def _generate_asynchronously(self) -> AsyncGenerator[str]:
+    async def _generate_asynchronously(self) -> AsyncGenerator[str, None]:
         for prompt in self._prompts:
             if self._source == "slow":
                 await anyio.sleep(1)
@@ -259,7 +279,9 @@ class Consumer:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:
                 if self._way.startswith("cancel"):
-                    tasks.start_soon(self._cancel_later, scope, asyncio.current_task() if self._natively else None)
+                    tasks.start_soon(
+                        self._cancel_later, scope, asyncio.current_task() if self._natively else None
+                    )
                 try:
                     if isinstance(prompts, AsyncGeneratorType):
                         async with aclosing(prompts):
@@ -424,9 +446,7 @@ def check_seen(result: Result, asked: list[Asked]) -> None:
 
 
 def check_pace(results: list[Result], config: BatchConfig, play: Play) -> None:
-    attempts = [
-        attempt for result in results for attempt in result.attempts if attempt.sent is not None
-    ]
+    attempts = [attempt for result in results for attempt in result.attempts if attempt.sent is not None]
     if isinstance(config.in_flight, Adaptive):
         for name in play.agents:
             mine = [attempt for attempt in attempts if attempt.agent == f"{name}:80/"]
@@ -442,7 +462,10 @@ def check_pace(results: list[Result], config: BatchConfig, play: Play) -> None:
     per_minute = config.rates.requests_per_minute
     if per_minute is not None and attempts:
         moments = sorted(attempt.sent or 0 for attempt in attempts)
-        assert len(attempts) <= 1 + max(1, per_minute / 60) + (moments[-1] - moments[0] + CLOCK) * per_minute / 60
+        assert (
+            len(attempts)
+            <= 1 + max(1, per_minute / 60) + (moments[-1] - moments[0] + CLOCK) * per_minute / 60
+        )
 
 
 def most_at_once(attempts: list[Attempt]) -> int:

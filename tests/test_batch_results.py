@@ -1,11 +1,11 @@
-"""From those that have prompts answered to the one that takes the results: each once, in order, up to the end."""
+"""From those that have prompts answered to the one that takes the results: each once, in order."""
 
 from __future__ import annotations
 
 import anyio
 import pytest
 
-from anyagent.batch import BatchConfig, ErrorRecord, Result, Timings, TooManyErrors, open_batch
+from anyagent.batch import Batch, BatchConfig, ErrorRecord, Result, Timings, TooManyErrors, open_batch
 from anyagent.batch._batch import run_engine
 from anyagent.batch._results import Results
 
@@ -84,14 +84,17 @@ async def test_results_that_come_after_too_many_errors_are_in_order(monkeypatch:
         else:
             answer.error("no")
 
+    async def take_slowly(batch: Batch) -> None:
+        async for each in batch:
+            indices.append(each.index)
+            await anyio.sleep(3)
+
     indices: list[int] = []
     async with memory_agents(monkeypatch, agent=MemoryAgent(first_last)) as urls:
         config = BatchConfig(urls, in_flight=10, ordered=True, max_errors=5)
         async with open_batch([f"prompt {number}" for number in range(100)], config) as batch:
             with pytest.raises(TooManyErrors):
-                async for each in batch:
-                    indices.append(each.index)
-                    await anyio.sleep(3)
+                await take_slowly(batch)
     assert len(indices) >= 6
     assert indices == sorted(indices)
 

@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -61,7 +62,7 @@ def test_results_are_in_the_order_of_the_prompts_and_failed_ones_are_among_them(
 def test_the_prompts_may_be_asynchronous() -> None:
     async def prompts() -> AsyncIterator[Prompt]:
         for number in range(20):
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             yield Prompt(str(number), id=f"row {number}")
 
     with embedded_agent(moody) as server:

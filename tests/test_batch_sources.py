@@ -1,4 +1,4 @@
-"""Where the prompts of a batch come from: read as needed, left out if answered before, failing as themselves."""
+"""Where the prompts of a batch come from: read as needed, left out if answered before, failing alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .batch_agents import Answer, MemoryAgent, echo, memory_agents
 from .properties import settle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 
     from anyagent.batch import Result
 
@@ -61,8 +61,9 @@ async def test_a_prompt_without_id_that_cannot_be_sent_fails_alone(
         results = await results_of(prompts, BatchConfig(urls, in_flight=1))
     assert [result.index for result in results] == list(range(7))
     assert [result.index for result in results if result.error is not None] == [at]
-    assert results[at].error is not None
-    assert "hello" not in results[at].error.details
+    error = results[at].error
+    assert error is not None
+    assert "hello" not in error.details
     assert sorted(agent.seen) == numbered(6)
 
 
@@ -133,12 +134,14 @@ async def test_what_finds_out_which_are_answered_may_fail_as_the_source_may(
             raise TypeError("a bug")
         return False
 
-    async with memory_agents(monkeypatch, agent=MemoryAgent()) as urls:
-        async with run_engine(numbered(10), BatchConfig(urls, in_flight=1), skip=skip) as engine:
-            assert [(await engine.take()).index for _ in range(3)] == [0, 1, 2]
-            with pytest.raises(TypeError, match="a bug"):
-                await engine.take()
-            assert engine.take_ready() == []
+    async with (
+        memory_agents(monkeypatch, agent=MemoryAgent()) as urls,
+        run_engine(numbered(10), BatchConfig(urls, in_flight=1), skip=skip) as engine,
+    ):
+        assert [(await engine.take()).index for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(TypeError, match="a bug"):
+            await engine.take()
+        assert engine.take_ready() == []
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -179,17 +182,21 @@ async def test_others_have_a_turn_while_many_prompts_are_left_out(monkeypatch: p
         left_out += 1
         return True
 
-    async with memory_agents(monkeypatch, agent=MemoryAgent()) as urls:
-        async with run_engine(map(str, itertools.count()), BatchConfig(urls), skip=skip):
-            for _ in range(50):
-                before = left_out
-                await anyio.lowlevel.checkpoint()
-                assert left_out <= before + 3_000
+    async with (
+        memory_agents(monkeypatch, agent=MemoryAgent()) as urls,
+        run_engine(map(str, itertools.count()), BatchConfig(urls), skip=skip),
+    ):
+        for _ in range(50):
+            before = left_out
+            await anyio.lowlevel.checkpoint()
+            assert left_out <= before + 3_000
     assert left_out > 10_000
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
-async def test_the_prompts_own_iterator_may_stop_the_batch(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_prompts_own_iterator_may_stop_the_batch(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[Batch] = []
 
     def prompts() -> Iterator[str]:
@@ -199,10 +206,12 @@ async def test_the_prompts_own_iterator_may_stop_the_batch(after: int, monkeypat
             yield prompt
 
     agent = MemoryAgent()
-    async with memory_agents(monkeypatch, agent=agent) as urls:
-        async with open_batch(prompts(), BatchConfig(urls, in_flight=2)) as batch:
-            opened.append(batch)
-            assert sorted([result.index async for result in batch]) == list(range(after))
+    async with (
+        memory_agents(monkeypatch, agent=agent) as urls,
+        open_batch(prompts(), BatchConfig(urls, in_flight=2)) as batch,
+    ):
+        opened.append(batch)
+        assert sorted([result.index async for result in batch]) == list(range(after))
     assert sorted(agent.seen) == numbered(after)
 
 
@@ -222,14 +231,16 @@ class Endless:
 
 async def test_an_asynchronous_source_is_not_read_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Endless()
-    async with memory_agents(monkeypatch, agent=MemoryAgent()) as urls:
-        async with open_batch(source, BatchConfig(urls, window=10)) as batch:
-            for _ in range(1_000):
-                await anext(batch)
-            await anyio.wait_all_tasks_blocked()
-            assert 1_010 <= source.read <= 1_010 + 64
-            batch.stop()
-            assert len([result async for result in batch]) == 10
+    async with (
+        memory_agents(monkeypatch, agent=MemoryAgent()) as urls,
+        open_batch(source, BatchConfig(urls, window=10)) as batch,
+    ):
+        for _ in range(1_000):
+            await anext(batch)
+        await anyio.wait_all_tasks_blocked()
+        assert 1_010 <= source.read <= 1_010 + 64
+        batch.stop()
+        assert len([result async for result in batch]) == 10
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -239,7 +250,7 @@ async def test_a_generator_that_is_not_read_to_its_end_is_left_for_its_owner_to_
 ) -> None:
     closed = 0
 
-    async def prompts() -> AsyncIterator[str]:
+    async def prompts() -> AsyncGenerator[str, None]:
         nonlocal closed
         try:
             for number in itertools.count():
@@ -272,8 +283,10 @@ async def test_a_source_is_read_while_all_agents_are_busy(monkeypatch: pytest.Mo
             await anyio.sleep(1)
             yield prompt
 
-    async with memory_agents(monkeypatch, agent=MemoryAgent(slowly)) as urls:
-        async with open_batch(prompts(), BatchConfig(urls, in_flight=1)) as batch:
-            started = anyio.current_time()
-            assert [result.index async for result in batch] == [0, 1, 2]
-            assert anyio.current_time() - started == pytest.approx(31)
+    async with (
+        memory_agents(monkeypatch, agent=MemoryAgent(slowly)) as urls,
+        open_batch(prompts(), BatchConfig(urls, in_flight=1)) as batch,
+    ):
+        started = anyio.current_time()
+        assert [result.index async for result in batch] == [0, 1, 2]
+        assert anyio.current_time() - started == pytest.approx(31)

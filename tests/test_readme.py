@@ -34,7 +34,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh", "json", ""}
-    assert (len(PROGRAMS), len(TESTS)) == (5, 1)
+    assert (len(PROGRAMS), len(TESTS)) == (6, 1)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,12 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 )
 def test_the_programs_run(program: str, output: str) -> None:
     assert run(sys.executable, "-W", "error", "-c", program) == output
+
+
+def test_the_program_for_ray_runs() -> None:
+    # Ray warns of things of its own.
+    rows = run(sys.executable, "-c", PROGRAMS[5]).splitlines()
+    assert rows[-2:] == ["Question 0 2 1 None", "Question 1 2 1 None"]
 
 
 def test_the_example_of_a_test_passes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from .._response import Reply, Response
     from ._config import BatchConfig
-    from ._fleet import Line
+    from ._fleet import Host, Line
     from ._rates import Gate
     from ._result import ErrorRecord
     from ._source import Job, Prompts
@@ -39,14 +40,8 @@ __all__ = ["Engine", "TooManyErrors"]
 _RATE_NEEDS: Final = 100  # results, before the share of failed ones says something
 _SAMPLE_PERIOD: Final = 0.25  # seconds
 _LONGEST_WAIT: Final = 600.0  # seconds, of those that an agent can ask for
-_EXPECTED: Final = (
-    AnyAgentError,
-    anyio.ClosedResourceError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    RecursionError,
-)
+_MOST_TOKENS: Final = 10**9  # of one answer, that an agent is believed
+_EXPECTED: Final = (AnyAgentError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 class TooManyErrors(Exception):
@@ -63,6 +58,14 @@ class TooManyErrors(Exception):
 
     def __str__(self) -> str:
         return f"{self.failed} of {self.finished} prompts failed, the last with {self.last.type}"
+
+
+def _plausible(reply: Reply) -> Reply:
+    """`reply` with a number of tokens that can be reckoned with."""
+    tokens = reply.tokens_used
+    if tokens is None or 0 <= tokens <= _MOST_TOKENS:
+        return reply
+    return dataclasses.replace(reply, tokens_used=min(max(tokens, 0), _MOST_TOKENS))
 
 
 class Engine:
@@ -117,8 +120,8 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        """How many attempts are under way."""
-        return self._fleet.in_flight
+        """How many attempts are under way, without those that wait for their rate."""
+        return self._fleet.in_flight - len(self._at_gate)
 
     @property
     def limit(self) -> int:
@@ -275,7 +278,7 @@ class Engine:
         entered = False
         try:
             if gate is not None:
-                entered = await self._enter(gate)
+                entered = await self._enter(gate, line.host)
                 if not entered:
                     return
             response = await line.agent.send_message(
@@ -283,18 +286,18 @@ class Engine:
             )
             job.begun = None
             self._in_flight[response] = job
-            reply = await response.collect()
+            reply = _plausible(await response.collect())
             tokens_used = reply.tokens_used
             assert response.end is not None
             if response.end.status == "completed":
                 self._answered(job, line, response.stats, reply)
             else:
                 self._failed(job, line, NotCompleted(response.end.status, reply.text), response.stats)
+        except anyio.ClosedResourceError:  # by `_watch`
+            assert response is not None
+            self._failed(job, line, self._expired.pop(response), response.stats)
         except _EXPECTED as exc:
-            timeout = None if response is None else self._expired.pop(response, None)
-            if isinstance(exc, anyio.ClosedResourceError) and timeout is None:
-                raise
-            self._failed(job, line, timeout or exc, None if response is None else response.stats)
+            self._failed(job, line, exc, None if response is None else response.stats)
         finally:
             self._fleet.give_back(line)
             if response is not None:
@@ -302,13 +305,15 @@ class Engine:
             if gate is not None and entered:
                 gate.leave(tokens_used)
 
-    async def _enter(self, gate: Gate) -> bool:
+    async def _enter(self, gate: Gate, host: Host) -> bool:
         """Wait until one more may be sent; false: the batch was stopped."""
         with anyio.CancelScope() as scope:
             self._at_gate.add(scope)
+            host.waiting += 1
             try:
                 await gate.enter()
             finally:
+                host.waiting -= 1
                 self._at_gate.discard(scope)
             if not self._stopping:
                 return True
@@ -322,7 +327,7 @@ class Engine:
         if limit is not None:
             limit.succeeded(
                 end,
-                in_flight=line.host.in_flight,
+                in_flight=line.host.in_flight - line.host.waiting,
                 sent=stats.sent,
                 first_event=stats.first_event,
                 end=end,

@@ -34,7 +34,8 @@ __all__ = ["Fleet", "Host", "Line"]
 class Host:
     """One agent of the fleet, under its `url`.
 
-    `limit` is ``None`` where the number in flight is fixed for all agents together.
+    `limit` is ``None`` where the number in flight is fixed for all agents together. Of those `in_flight`, so many
+    are `waiting` for their rate.
     """
 
     def __init__(self, url: str, headers: HeadersLike | None, limit: AdaptiveLimit | None) -> None:
@@ -45,6 +46,7 @@ class Host:
         self.address = target.host, target.port
         self.limit = limit
         self.in_flight = 0
+        self.waiting = 0
 
 
 class Line:
@@ -82,11 +84,10 @@ class Line:
 
     def refuse(self, failure: AnyAgentError) -> None:
         """It takes no more prompts."""
-        if self.failure is None:
-            self.failure = failure
-            self.refused.set()
-            if not self.in_flight:
-                self.idle.set()
+        self.failure = failure
+        self.refused.set()
+        if not self.in_flight:
+            self.idle.set()
 
 
 class Fleet:

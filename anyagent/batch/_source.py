@@ -77,7 +77,7 @@ class Source:
         self._room = anyio.Event()
 
     def take(self, now: float) -> Job | None:
-        """The next prompt; ``None`` if there is none yet, or after many that were left out."""
+        """The next prompt; ``None`` if there is none yet, or after many that were left out, or at the end."""
         self.skipping = False
         try:
             for _ in range(_SKIPPED_AT_ONCE):
@@ -115,8 +115,6 @@ class Source:
         self._on_change()
 
     def _next(self) -> Prompt | None:
-        if self.exhausted:
-            return None
         try:
             if self._ahead:
                 prompt = self._ahead.popleft()

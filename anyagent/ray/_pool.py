@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from .batch import Prompt, Result
+    from ..batch import Prompt, Result
 
     OpenBatch: TypeAlias = Callable[
         [AsyncIterable[Prompt]], AbstractAsyncContextManager[AsyncIterator[Result]]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import anyio
 
-from .batch._rates import RateGate
+from ..batch._rates import RateGate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from .batch import Rates
+    from ..batch import Rates
 
 __all__ = ["UNLIMITED", "Governor", "Told", "shares"]
 

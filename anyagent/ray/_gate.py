@@ -11,7 +11,7 @@ import anyio.lowlevel
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._ray_governor import Told
+    from ._governor import Told
 
 __all__ = ["GovernedGate", "Governing"]
 

@@ -1,41 +1,4 @@
-"""Batches on more than one machine: `AgentPredictor` for Ray Data (needs the extra ``ray``).
-
-::
-
-    from anyagent.batch import BatchConfig
-    from anyagent.ray import AgentPredictor, PredictorConfig
-
-    config = PredictorConfig(BatchConfig("ws://localhost:8000/ws"), total_in_flight=256)
-    answers = prompts.map_batches(  # a ray.data.Dataset with a column "text"
-        AgentPredictor,
-        fn_constructor_args=(config,),
-        compute=ray.data.ActorPoolStrategy(size=4),
-        num_cpus=0.5,
-        batch_size=64,
-    )
-
-**How often an agent sees a row.** Once, as long as nothing breaks; what is tried again after an error is for
-``BatchConfig.retry`` to say. But Ray runs a task again whose actor has died, and with it every row of its
-block, answered or not. So an agent can see a row twice, while in the output it is once. Small blocks
-(``Dataset.repartition``) make that cheap.
-
-In the output once: that holds as long as Ray makes one block of what comes of one, which it does up to
-``DataContext.target_max_block_size`` (128 MiB). It cuts what is larger, and if the actor dies in between, it
-takes some of the blocks from the first run and others from the second, which are not cut at the same rows.
-Then rows are in the output twice, or missing. That happens to everything that is not exactly repeatable. So
-for large answers use small blocks, or set ``target_max_block_size`` to ``None``: then nothing is cut.
-
-**How much is in flight.** In each actor Ray runs one task at a time, and of that four batches at once
-(``RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY``), which makes four times ``batch_size`` at most;
-``max_concurrent_calls_per_actor`` of Ray's ``ActorPoolStrategy`` makes it more tasks. Within that,
-``BatchConfig.in_flight`` holds for each actor, and `PredictorConfig.total_in_flight` for all together.
-
-**The totals** are kept by one more actor, the governor, which the first predictor starts and which takes no
-CPU. It grants permits in blocks, and wants those back that are more than a predictor's share. Of a predictor
-that dies it learns from Ray, within some seconds, and only then do others get what that one had: so there is
-never more in flight than the total. If the governor's own machine is lost, the dataset fails with Ray's
-``ActorDiedError``. It ends a minute after its last predictor.
-"""
+"""`AgentPredictor`: what Ray makes actors of."""
 
 from __future__ import annotations
 
@@ -48,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import anyio
 import msgspec
 
-from ._ray_gate import GovernedGate
-from ._ray_governor import Governor
-from ._ray_pool import Call, Pool
-from .batch import ErrorRecord, Prompt, Rates
-from .batch._batch import Batch, run_engine
-from .config import check_positive_integer
-from .errors import AnyAgentError
+from ..batch import ErrorRecord, Prompt, Rates
+from ..batch._batch import Batch, run_engine
+from ..config import check_positive_integer
+from ._gate import GovernedGate
+from ._governor import Governor
+from ._pool import Call, Pool
 
 try:
     import numpy as np
@@ -65,10 +27,11 @@ except ImportError as exc:
     raise ImportError("anyagent.ray needs Ray Data: pip install 'anyagent[ray]'") from exc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+    from contextlib import AbstractAsyncContextManager
 
-    from ._ray_governor import Told
-    from .batch import BatchConfig, Result
+    from ..batch import BatchConfig, Result
+    from ._governor import Told
 
 __all__ = ["AgentPredictor", "OnError", "PredictorConfig", "PromptFailed"]
 
@@ -83,13 +46,12 @@ _COLUMNS: Final = {
     "attempts": pa.int64(),
     "error": pa.string(),
 }
-_MOST_TOKENS: Final = 2**63 - 1  # that the column can hold
 _CALLS: Final = 10_000  # of the governor's methods at once; three of each predictor wait there
 _PAUSES: Final = (0.1, 0.3, 1.0, 3.0)  # seconds, until the name of a governor that ends is free
 _PARTING: Final = 1.0  # seconds, to tell the governor that one leaves
 
 
-class PromptFailed(AnyAgentError):
+class PromptFailed(Exception):
     """A row got no answer, and ``PredictorConfig.on_error`` is ``"raise"``.
 
     * `id`: of the row, by ``PredictorConfig.id_column``; ``None`` without.
@@ -118,7 +80,8 @@ class PredictorConfig:
     * `id_column` (default ``None``): what a `PromptFailed` calls a row by.
     * `on_error`: ``"column"`` (the default): a row that failed has an `error` in place of a `response`.
       ``"raise"``: the first one ends the dataset; see `AgentPredictor`.
-    * `total_in_flight` (default ``None``, no limit): how many prompts all actors together have in flight.
+    * `total_in_flight` (default ``None``, no limit): how many prompts all actors together have in flight. If
+      that is fewer than there are actors, some wait until others have nothing to do.
     * `total_rates` (default ``None``, no limit): what all actors together may ask in a minute.
     * `governor` (default: a new name for each configuration): the name of the actor that keeps the totals.
       Datasets, also those of several drivers on a cluster, share the totals if it is the same; the totals
@@ -179,10 +142,10 @@ class AgentPredictor:
         self._config = config
         self._pool: Pool | None = None
 
-    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Ask the prompts of `batch`, columns as NumPy arrays or lists (Ray's ``batch_format="numpy"``).
 
-        Left early, or cancelled: prompts that were not yet begun are not asked.
+        Left early, or cancelled: no further prompt is asked, but for some that the batch has read ahead.
         """
         prompts = self._prompts_of(batch)
         rows = [place for place, prompt in enumerate(prompts) if prompt is not None]
@@ -219,7 +182,7 @@ class AgentPredictor:
 
             @contextlib.asynccontextmanager
             async def open_batch(prompts: AsyncIterable[Prompt]) -> AsyncIterator[Batch]:
-                async with _governed(config) as gate, run_engine(prompts, config.batch, gate=gate) as engine:
+                async with _gate_of(config) as gate, run_engine(prompts, config.batch, gate=gate) as engine:
                     yield Batch(engine)
 
             self._pool = Pool(open_batch, config.batch.connection_timeouts.close + _PARTING)
@@ -229,9 +192,7 @@ class AgentPredictor:
         """A prompt for each row; ``None`` where there is no text."""
         config = self._config
         if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"AgentPredictor needs batch_format='numpy', not batches of {type(batch).__name__}"
-            )
+            raise TypeError(f"AgentPredictor needs batch_format='numpy', not {type(batch).__name__}")
         taken = sorted(_COLUMNS.keys() & batch.keys())
         if taken:
             raise ValueError(f"the input has columns of the output's names: {', '.join(taken)}; rename them")
@@ -271,10 +232,10 @@ class _Row:
 
     @classmethod
     def of(cls, result: Result) -> _Row:
-        tokens_used, timings = result.tokens_used, result.timings
+        timings = result.timings
         return cls(
             result.text,
-            None if tokens_used is None else min(tokens_used, _MOST_TOKENS),
+            result.tokens_used,
             None
             if timings.sent is None or timings.first_event is None
             else (timings.first_event - timings.sent) * 1_000,
@@ -290,14 +251,15 @@ class _Row:
 _UNASKED: Final = _Row(None, None, None, 0, ErrorRecord("ValueError", None, "the prompt is not a string"))
 
 
-@contextlib.asynccontextmanager
-async def _governed(config: PredictorConfig) -> AsyncIterator[GovernedGate | None]:
+def _gate_of(config: PredictorConfig) -> AbstractAsyncContextManager[GovernedGate | None]:
     """The gate by which the totals hold, if there are any."""
-    rates = config.total_rates
-    if config.total_in_flight is None and rates is None:
-        yield None
-        return
-    governor = await _RemoteGovernor.join(config.governor, config.total_in_flight, rates)
+    totals = config.total_in_flight, config.total_rates
+    return contextlib.nullcontext() if totals == (None, None) else _governed(config.governor, *totals)
+
+
+@contextlib.asynccontextmanager
+async def _governed(name: str, in_flight: int | None, rates: Rates | None) -> AsyncIterator[GovernedGate]:
+    governor = await _RemoteGovernor.join(name, in_flight, rates)
     gate = GovernedGate(governor, rated=rates is not None)
     failure: BaseException | None = None
     try:
@@ -352,6 +314,9 @@ class _RemoteGovernor:
                 if pause is None:
                     raise
                 await anyio.sleep(pause)
+            except BaseException:
+                actor.leave.remote(member)
+                raise
 
     async def tell(self, number: int, returned: int, wanted: int, ended: Sequence[int | None], /) -> None:
         await self._actor.tell.remote(self._member, number, returned, wanted, ended)
