@@ -6,7 +6,8 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-for requirement in [*project["dependencies"], *extras["cli"], *extras["uvloop"], *extras["otel"]]:
+optional = [requirement for name in ("cli", "uvloop", "otel", "parquet", "ray") for requirement in extras[name]]
+for requirement in [*project["dependencies"], *optional]:
     match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
     if match is None:
         raise SystemExit(f"no lower bound in {requirement!r}")

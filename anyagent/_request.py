@@ -59,8 +59,8 @@ class Request:
     `queued` are its messages that wait for the writer.
 
     Events wait here until the consumer takes them, all at once; it is woken when there is a first one. A
-    consumer that collects is woken at the end, and only the text is kept for it, in `texts`. `size` is that of
-    what waits, in bytes as it came; `size_limit` is the most that may.
+    consumer that collects is woken at the end, and only the text is kept for it, in `texts`. `size` is that
+    of what waits, in bytes as it came; `size_limit` is the most that may.
     """
 
     def __init__(self, message: im.UserMessage, limits: Limits, totals: AgentStats, waker: Waker) -> None:

@@ -61,10 +61,8 @@ async def test_an_answer_that_came_in_time_counts_also_if_nobody_has_looked_at_i
     collect = Response.collect
 
     async def collect_late(response: Response) -> Reply:
-        try:
-            return await collect(response)
-        finally:
-            await anyio.sleep(20)
+        await anyio.sleep(20)
+        return await collect(response)
 
     monkeypatch.setattr(Response, "collect", collect_late)
     async with memory_agents(monkeypatch, agent=MemoryAgent()) as urls:
@@ -78,10 +76,11 @@ class Door:
 
     def __init__(self) -> None:
         self.opened = anyio.Event()
-        self.entered = 0
+        self.waiting = self.entered = 0
         self.left: list[int | None] = []
 
     async def enter(self) -> None:
+        self.waiting += 1
         with anyio.CancelScope(shield=True):
             await self.opened.wait()
         self.entered += 1
@@ -100,13 +99,14 @@ async def test_whoever_was_let_through_the_gate_leaves_it_also_in_a_batch_that_w
         run_engine(PROMPTS[:3], BatchConfig(urls), gate=door) as engine,
     ):
         await anyio.wait_all_tasks_blocked()
-        assert engine.in_flight == 3
+        before = door.waiting, engine.in_flight
         if stops:
             engine.stop()
         door.opened.set()
         results = [await engine.take() for _ in range(0 if stops else 3)]
         with pytest.raises(StopAsyncIteration):
             await engine.take()
+    assert before == (3, 0), "those at the gate are not in flight yet"
     assert len(agent.seen) == len(results)
     assert door.entered == 3
     assert door.left == [None if stops else 1] * 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import random
 from typing import TYPE_CHECKING
 
 import anyio
@@ -92,7 +94,7 @@ async def test_an_agent_that_is_not_there_yet_is_waited_for_if_another_is(
     late, other = MemoryAgent(slowly, down=True), MemoryAgent(slowly)
     async with (
         memory_agents(monkeypatch, a=late, b=other) as urls,
-        open_batch(PROMPTS, BatchConfig(urls, in_flight=4)) as batch,
+        open_batch(PROMPTS, BatchConfig(urls, in_flight=4, reconnect=Backoff(maximum=0.5))) as batch,
     ):
         assert batch.limit == 4
         await anext(batch)
@@ -220,14 +222,26 @@ async def test_a_timeout_does_not_begin_before_the_attempt(monkeypatch: pytest.M
 async def test_an_attempt_that_cannot_be_written_has_its_timeouts_as_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
     agent = MemoryAgent()
     async with memory_agents(monkeypatch, agent=agent) as urls:
-        timeouts = AttemptTimeouts(total=7)
-        async with open_batch(PROMPTS, BatchConfig(urls, in_flight=1, window=1, timeouts=timeouts)) as batch:
+        retry, timeouts = (
+            Retry(safety="idempotent", attempts=3, initial=5, maximum=5),
+            AttemptTimeouts(total=7),
+        )
+        async with open_batch(
+            PROMPTS, BatchConfig(urls, in_flight=1, window=1, retry=retry, timeouts=timeouts)
+        ) as batch:
             await anext(batch)
             agent.peers[0].writable = anyio.Event()
             await anyio.wait_all_tasks_blocked()
-            error = (await anext(batch)).error
-            assert error is not None
-            assert (error.type, error.code) == ("TimeoutError", "total")
+            result = await anext(batch)
+    assert [attempt.sent is None for attempt in result.attempts] == [False, True, True], "one blocks the rest"
+    errors = [attempt.error for attempt in result.attempts]
+    assert [(error and error.type, error and error.code) for error in errors] == [
+        ("TimeoutError", "total")
+    ] * 3
+    ends = [result.timings.queued, *(attempt.end for attempt in result.attempts)]
+    waits = [end - before for before, end in itertools.pairwise(ends)]
+    assert all(wait >= 7 - 1e-5 + 5 * (number > 0) for number, wait in enumerate(waits))
     assert agent.seen == ["prompt 0"]
