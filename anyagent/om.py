@@ -128,7 +128,7 @@ class _Envelope(msgspec.Struct):
 
 _decoder: Final[msgspec.json.Decoder[_KnownMessage]] = msgspec.json.Decoder(_KnownMessage)
 decode_known: Final = _decoder.decode
-"""`decode` without its care, and twice as fast: raises whatever msgspec does, also for an unknown ``type``."""
+"""`decode` without its care, and faster: raises whatever msgspec does, also for an unknown ``type``."""
 
 _envelope_decoder: Final = msgspec.json.Decoder(_Envelope)
 _encoder: Final = msgspec.json.Encoder()

@@ -146,7 +146,9 @@ async def test_a_prompt_that_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) 
     assert len(results) == 10
 
 
-async def test_an_answer_that_the_agent_calls_incomplete_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_the_agent_calls_incomplete_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def cut_off(prompt: str, answer: Answer) -> None:
         answer.text("half an")
         answer.end("incomplete")
@@ -561,7 +563,9 @@ async def test_what_a_callback_raises_comes_out_as_itself(monkeypatch: pytest.Mo
     agent = MemoryAgent(lost)
     async with memory_agents(monkeypatch, agent=agent) as urls:
         with pytest.raises(RuntimeError) as info:
-            async with open_batch(["hello"], BatchConfig(urls, on_reconnect=renew, retry="idempotent")) as batch:
+            async with open_batch(
+                ["hello"], BatchConfig(urls, on_reconnect=renew, retry="idempotent")
+            ) as batch:
                 await anext(batch)
     assert info.value is error
 
@@ -658,3 +662,20 @@ async def test_what_waits_for_its_rate_is_not_in_flight_and_lets_no_limit_grow(
             async for _ in batch:
                 assert batch.in_flight <= 2
             assert batch.limit == Adaptive().initial
+
+
+@pytest.mark.parametrize("in_flight", [13, 16, Adaptive(initial=13, minimum=13)])
+async def test_an_agent_that_is_busy_is_not_asked_over_and_over_until_no_attempt_is_left(
+    in_flight: int | Adaptive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def takes_twelve(prompt: str, answer: Answer) -> None:
+        if answer.agent.in_flight > 12:
+            answer.error("busy")
+        else:
+            await anyio.sleep(0.1)
+            await echo(prompt, answer)
+
+    async with memory_agents(monkeypatch, agent=MemoryAgent(takes_twelve)) as urls:
+        results = await results_of(numbered(1_000), BatchConfig(urls, in_flight=in_flight))
+    failed = sum(result.error is not None for result in results)
+    assert failed <= 20

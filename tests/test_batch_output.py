@@ -61,6 +61,11 @@ def refused(path: Path, *, retry_failed: bool = False, overwrite: bool = False) 
     return said.removeprefix(str(path))
 
 
+def has(answered: Answered, key: str) -> bool:
+    """Whether there is a row of this key, which is then taken."""
+    return answered.take(key, 0) is not None
+
+
 def open_descriptors() -> list[str]:
     return os.listdir("/dev/fd")
 
@@ -97,9 +102,9 @@ def test_appended_rows_are_there_when_it_is_opened_again(path: Path) -> None:
         assert keys(path) == ["a", "b"]
     with OutputFile.open(path) as output:
         assert (len(output.answered), output.answered_failed) == (2, 1)
-        assert output.answered.take("a")
-        assert output.answered.take("b")
-        assert not output.answered.take("c")
+        assert has(output.answered, "a")
+        assert has(output.answered, "b")
+        assert not has(output.answered, "c")
         assert len(output.answered) == 0
         output.append(row("c"))
     assert keys(path) == ["a", "b", "c"]
@@ -108,10 +113,10 @@ def test_appended_rows_are_there_when_it_is_opened_again(path: Path) -> None:
 def test_a_row_answers_one_prompt_of_its_key() -> None:
     answered = Answered()
     for key in ("twice", "once", "twice"):
-        answered.add(key)
+        answered.add(key, 0)
     assert len(answered) == 3
-    assert [answered.take("twice") for _ in range(3)] == [True, True, False]
-    assert [answered.take(key) for key in ("once", "once", "never")] == [True, False, False]
+    assert [has(answered, "twice") for _ in range(3)] == [True, True, False]
+    assert [has(answered, key) for key in ("once", "once", "never")] == [True, False, False]
     assert len(answered) == 0
 
 
@@ -119,8 +124,8 @@ def test_a_key_may_be_any_text() -> None:
     answered = Answered()
     keys = ["", " ", "ключ", "\ud800", "a" * 100_000]
     for key in keys:
-        answered.add(key)
-    assert all(answered.take(key) for key in keys)
+        answered.add(key, 0)
+    assert all(has(answered, key) for key in keys)
 
 
 def test_an_answered_row_takes_less_than_150_bytes_of_memory(figure: Callable[[str], None]) -> None:
@@ -131,7 +136,7 @@ def test_an_answered_row_takes_less_than_150_bytes_of_memory(figure: Callable[[s
         before, _ = tracemalloc.get_traced_memory()
         answered = Answered()
         for _ in range(rows):
-            answered.add(f"{draw.getrandbits(128):032x}")
+            answered.add(f"{draw.getrandbits(128):032x}", 0)
         after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -208,7 +213,7 @@ def test_a_torn_tail_is_cut_off(path: Path, size: int) -> None:
     path.write_bytes(whole + row("c", text="x" * size)[: size + 20])
     with OutputFile.open(path) as output:
         assert path.read_bytes() == whole
-        assert [output.answered.take(key) for key in "abc"] == [True, True, False]
+        assert [has(output.answered, key) for key in "abc"] == [True, True, False]
         output.append(row("c"))
     assert keys(path) == ["a", "b", "c"]
 
@@ -216,7 +221,7 @@ def test_a_torn_tail_is_cut_off(path: Path, size: int) -> None:
 def test_a_row_that_lacks_only_its_newline_does_not_count(path: Path) -> None:
     path.write_bytes(row("a") + row("b").removesuffix(b"\n"))
     with OutputFile.open(path) as output:
-        assert not output.answered.take("b")
+        assert not has(output.answered, "b")
     assert keys(path) == ["a"]
 
 
@@ -248,7 +253,7 @@ def test_any_prefix_of_a_file_opens_to_its_whole_lines(
             assert path.read_bytes() == b"".join(kept)
             answered = Counter(decode_row(line).id for line in kept)
             assert len(output.answered) == len(kept)
-            assert all(output.answered.take(key) for key in answered.elements())
+            assert all(has(output.answered, key) for key in answered.elements())
             assert output.answered_failed == (0 if retry_failed else sum(key.failed for key in decoded))
         assert os.listdir(directory) == [path.name]
 
@@ -369,7 +374,7 @@ def test_a_file_that_goes_before_it_is_locked_is_given_up_for_its_successor(
     before = open_descriptors()
     with OutputFile.open(path) as output:
         assert times == 2
-        assert output.answered.take("new") == (fate == "replaced")
+        assert has(output.answered, "new") == (fate == "replaced")
         output.append(row("a"))
         assert keys(path)[-1] == "a"
         assert len(open_descriptors()) == len(before) + 1
@@ -412,7 +417,7 @@ def test_failed_rows_are_taken_out_to_be_asked_again(path: Path) -> None:
     with OutputFile.open(path, retry_failed=True) as output:
         assert keys(path) == ["a", "c"]
         assert (len(output.answered), output.answered_failed) == (2, 0)
-        assert [output.answered.take(key) for key in "abca"] == [True, False, True, False]
+        assert [has(output.answered, key) for key in "abca"] == [True, False, True, False]
         output.append(row("b"))
         output.sync()
     assert keys(path) == ["a", "c", "b"]
@@ -849,7 +854,7 @@ def test_a_survey_tells_what_a_run_would_find_and_changes_nothing(path: Path) ->
         assert (len(found.answered), found.failed, found.size) == (2, 1, len(whole))
         found = survey(path, retry_failed=True)
         assert (len(found.answered), found.failed) == (1, 1)
-        assert [found.answered.take(key) for key in "ab"] == [True, False]
+        assert [has(found.answered, key) for key in "ab"] == [True, False]
     path.write_bytes(whole + b"torn")
     survey(path)
     assert path.read_bytes() == whole + b"torn"
@@ -997,7 +1002,7 @@ def in_parts(descriptor, data):
 with OutputFile.open(path) as output:
     os.write = in_parts
     for number in itertools.count():
-        if not output.answered.take(str(number)):
+        if output.answered.take(str(number), number) is None:
             output.append(template.replace(b"KEY", b"%d" % number) + b"\\n")
             appended += 1
             write(1, b"%d\\n" % number)
@@ -1031,7 +1036,7 @@ def test_what_was_acknowledged_is_there_once_after_any_kill(
             assert path.read_bytes() == whole
             present = keys(path)
             assert len(output.answered) == len(present)
-            assert all(output.answered.take(key) for key in present)
+            assert all(has(output.answered, key) for key in present)
         assert len(set(present)) == len(present)
         assert acknowledged.keys() <= set(present)
         assert set(present) == set(map(str, range(len(present))))

@@ -486,7 +486,7 @@ def test_what_stands_behind_the_last_newline_does_not_count(target: Path) -> Non
     rows = journal(target.with_suffix(".jsonl"), result(0), result(1))
     rows.write_bytes(rows.read_bytes()[:-1])
     write_parquet(rows, target)
-    assert list(read_keys(target)) == [RowKey("r0", failed=False)]
+    assert list(read_keys(target)) == [RowKey("r0", 0, failed=False)]
 
 
 @pytest.mark.parametrize("line", [b"{}", b'{"id":"a","text":"secret"}', b"\xff", None])
@@ -553,7 +553,7 @@ def test_a_replaced_file_keeps_its_permissions_and_its_links(target: Path) -> No
 def test_keys_say_which_rows_failed(target: Path) -> None:
     nothing = ErrorRecord("Disconnected", None, "")
     written(target, result(0), result(1, BUSY, **{"error.type": 1}), result(2, nothing))
-    assert list(read_keys(target)) == [RowKey("r0", False), RowKey("r1", True), RowKey("r2", True)]
+    assert list(read_keys(target)) == [RowKey("r0", 0, False), RowKey("r1", 1, True), RowKey("r2", 2, True)]
     assert str(target) not in open_paths()
 
 
@@ -574,7 +574,7 @@ def own(**changed: Any) -> dict[str, Any]:
 
 def test_a_file_of_answers_is_known_by_its_columns(target: Path) -> None:
     parquet(target, own(other=1))
-    assert list(read_keys(target)) == [RowKey("a", failed=False)]
+    assert list(read_keys(target)) == [RowKey("a", 0, failed=False)]
     [line] = rows_as_jsonl(target)
     assert json.loads(line)["other"] == 1
     assert b"partial" not in line
@@ -673,7 +673,9 @@ def test_any_rows_survive(tmp_path_factory: pytest.TempPathFactory, results: lis
     assert [same(json.loads(line), row) for line, row in zip(lines, given, strict=True)] == [True] * len(
         given
     )
-    assert list(read_keys(target)) == [RowKey(each.id, each.error is not None) for each in results]
+    assert list(read_keys(target)) == [
+        RowKey(each.id, each.index, each.error is not None) for each in results
+    ]
     # And once more: a batch that goes on begins with these lines.
     rows.write_bytes(b"".join(lines))
     write_parquet(rows, target)

@@ -130,9 +130,9 @@ def test_a_column_with_the_name_of_one_of_the_rows_own_is_refused(name: str) -> 
 
 
 def test_a_row_is_known_by_its_id_and_whether_it_failed() -> None:
-    assert decode_row(encode_row(answered(error_of_old=1))) == RowKey("a", failed=False)
+    assert decode_row(encode_row(answered(error_of_old=1))) == RowKey("a", 7, failed=False)
     failed = Result("b", 0, None, None, (), TIMINGS, BUSY)
-    assert decode_row(encode_row(failed)) == RowKey("b", failed=True)
+    assert decode_row(encode_row(failed)) == RowKey("b", 0, failed=True)
 
 
 OWN = json.loads(encode_row(answered()))
@@ -173,7 +173,7 @@ def test_any_row_survives(result: Result) -> None:
     assert list(row) == [*ROW_COLUMNS, *result.columns]
     assert {name: row[name] for name in result.columns} == result.columns
     assert (row["id"], row["index"], row["text"]) == (result.id, result.index, result.text)
-    assert decode_row(line) == RowKey(result.id, result.error is not None)
+    assert decode_row(line) == RowKey(result.id, result.index, result.error is not None)
 
 
 @REPEATABLE

@@ -13,6 +13,7 @@ import pytest
 
 from anyagent import ConnectError
 from anyagent.batch import Batch, BatchConfig, Prompt, open_batch
+from anyagent.batch._answered import Answered
 from anyagent.batch._batch import run_engine
 from anyagent.batch._prompt import key_of
 
@@ -40,7 +41,11 @@ async def indices_of(
     prompts: Iterable[Prompt | str], config: BatchConfig, skip: Callable[[str], bool]
 ) -> list[int]:
     indices: list[int] = []
-    async with run_engine(prompts, config, skip=skip) as engine:
+
+    def row_of(key: str, index: int) -> int | None:
+        return index if skip(key) else None
+
+    async with run_engine(prompts, config, skip=row_of) as engine:
         while results := await engine.take_all():
             indices += [result.index for result in results]
     return indices
@@ -129,10 +134,9 @@ async def test_what_finds_out_which_are_answered_may_fail_as_the_source_may(
 ) -> None:
     keys = itertools.count()
 
-    def skip(key: str) -> bool:
+    def skip(key: str, index: int) -> None:
         if next(keys) == 3:
             raise TypeError("a bug")
-        return False
 
     async with (
         memory_agents(monkeypatch, agent=MemoryAgent()) as urls,
@@ -165,6 +169,20 @@ async def test_prompts_that_are_left_out_keep_their_places(
             assert indices == [5, 2_004, 4_003]
 
 
+async def test_of_equal_prompts_each_has_a_row_of_its_own_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Answered()
+    key = key_of(Prompt("same"), "agent")
+    for index in (2, 5):
+        rows.add(key, index)
+    async with memory_agents(monkeypatch, agent=MemoryAgent()) as urls:
+        config = BatchConfig(urls, agent="agent", in_flight=1)
+        async with run_engine(["same"] * 8, config, skip=rows.take) as engine:
+            indices = []
+            while results := await engine.take_all():
+                indices += [result.index for result in results]
+    assert sorted(indices) == [0, 1, 3, 4, 6, 7]
+
+
 async def test_where_nothing_is_to_be_asked_no_agent_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with memory_agents(monkeypatch, agent=MemoryAgent(down=True)) as urls:
         assert await results_of([], BatchConfig(urls)) == []
@@ -177,10 +195,10 @@ async def test_where_nothing_is_to_be_asked_no_agent_is_needed(monkeypatch: pyte
 async def test_others_have_a_turn_while_many_prompts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = 0
 
-    def skip(key: str) -> bool:
+    def skip(key: str, index: int) -> int:
         nonlocal left_out
         left_out += 1
-        return True
+        return index
 
     async with (
         memory_agents(monkeypatch, agent=MemoryAgent()) as urls,

@@ -355,10 +355,12 @@ class Actors:
                 actors.options_given = options
                 return self
 
-            def remote(self, *args: Any) -> Any:
+            def remote(self, in_flight: int | None, rates: Rates | None, on_end: Callable[[], None]) -> Any:
                 actors.made += 1
                 if actors.made <= 1 + actors.dying:
-                    actors.actor = Actor(actor_class(*args), dead=actors.made <= actors.dying)
+                    # Its end, a minute later, would be that of this process.
+                    governor = actor_class(in_flight, rates, lambda: None)
+                    actors.actor = Actor(governor, dead=actors.made <= actors.dying)
                 return actors.actor
 
         class Actor:

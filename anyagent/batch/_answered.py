@@ -52,34 +52,49 @@ def reason_of(error: OSError) -> str:
 class Answered:
     """The keys of rows that are there. Each row answers one prompt of its key: a multiset.
 
-    Of a key it keeps a digest, so that a row costs about 100 bytes of memory, however long its key is.
+    Of a key it keeps a digest, so that a row costs about 130 bytes of memory, however long its key is.
     ``len()`` is how many rows have not been taken.
     """
 
-    __slots__ = ("_counts", "_left")
+    __slots__ = ("_indexes", "_left")
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
+        self._indexes: dict[int, int | list[int]] = {}  # of the rows of a key; nearly all keys have one
         self._left = 0
 
     def __len__(self) -> int:
         return self._left
 
-    def add(self, key: str) -> None:
-        """Note a row of this key."""
+    def add(self, key: str, index: int) -> None:
+        """Note a row of this key, which is that of the prompt `index`."""
         digest = _digest(key)
-        self._counts[digest] = self._counts.get(digest, 0) + 1
+        known = self._indexes.get(digest)
+        if known is None:
+            self._indexes[digest] = index
+        elif isinstance(known, list):
+            known.append(index)
+        else:
+            self._indexes[digest] = [known, index]
         self._left += 1
 
-    def take(self, key: str) -> bool:
-        """Whether a row of this key is there; it is then taken, for this prompt and no other."""
+    def take(self, key: str, index: int) -> int | None:
+        """The index of a row of this key, best that of the prompt `index`; ``None``: there is no row.
+
+        The row is then taken, for this prompt and no other.
+        """
         digest = _digest(key)
-        count = self._counts.get(digest, 0)
-        if not count:
-            return False
-        self._counts[digest] = count - 1
+        known = self._indexes.get(digest)
+        if known is None:
+            return None
+        if not isinstance(known, list):
+            del self._indexes[digest]
+            taken = known
+        else:
+            taken = known.pop(known.index(index) if index in known else 0)
+            if not known:
+                del self._indexes[digest]
         self._left -= 1
-        return True
+        return taken
 
 
 def _digest(key: str) -> int:
@@ -104,7 +119,7 @@ class Content:
             content.size += len(line)
             content.failed += row.failed
             if not (row.failed and retry_failed):
-                content.answered.add(row.id)
+                content.answered.add(row.id, row.place)
         return content
 
 

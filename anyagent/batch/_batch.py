@@ -128,12 +128,13 @@ async def run_engine(
     prompts: Prompts,
     config: BatchConfig,
     *,
-    skip: Callable[[str], bool] | None = None,
+    skip: Callable[[str, int], int | None] | None = None,
     gate: Gate | None = None,
 ) -> AsyncIterator[Engine]:
     """An engine at work while the block runs.
 
-    `skip` is asked, by its key, whether a prompt is to be left out; `gate` replaces that of ``config.rates``.
+    `skip` is asked, by key and index, for the index of the row that a prompt has already, or ``None``;
+    `gate` replaces that of ``config.rates``.
     """
     if gate is None and config.rates != Rates():
         gate = RateGate(config.rates)

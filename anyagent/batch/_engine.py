@@ -82,7 +82,7 @@ class Engine:
         config: BatchConfig,
         task_group: TaskGroup,
         *,
-        skip: Callable[[str], bool] | None,
+        skip: Callable[[str, int], int | None] | None,
         gate: Gate | None,
         on_crash: Callable[[], object],
     ) -> None:
@@ -214,21 +214,22 @@ class Engine:
     def _take(self) -> tuple[Job, Line] | None:
         if self._stopping or self._results.ended:
             return None
-        line = self._fleet.take()
+        now = anyio.current_time()
+        line = self._fleet.take(now)
         if line is None:
             return None
-        job = self._next_job()
+        job = self._next_job(now)
         if job is None or self._stopping:  # the prompts' own iterator may stop the batch
             self._fleet.give_back(line)
             return None
         return job, line
 
-    def _next_job(self) -> Job | None:
+    def _next_job(self, now: float) -> Job | None:
         if self._again:
             return self._again.popleft()
         if self._full() or self._source.exhausted:
             return None
-        job = self._source.take(anyio.current_time())
+        job = self._source.take(now)
         if job is not None:
             self._unfinished += 1
         elif self._source.skipping and not self._filling_soon:
@@ -253,7 +254,7 @@ class Engine:
     def _end_if_done(self) -> None:
         if self._working or (self._unfinished and not self._stopping) or self._results.ended:
             return
-        if not self._stopping and (job := self._next_job()) is not None:
+        if not self._stopping and (job := self._next_job(anyio.current_time())) is not None:
             self._again.append(job)  # it waits for a connection
         if self._source.exhausted or self._stopping:
             self._results.end(self._source.failure)
@@ -360,6 +361,8 @@ class Engine:
             self.retried += 1
             self.metrics.retried()
             wait = min(failure.retry_after, _LONGEST_WAIT) + random.uniform(0, self._retry.bound(job.tries))
+            if failure.busy and (limit is None or limit.at_minimum):
+                line.host.rest(now + wait)  # or all prompts would be sent, one after the other, only to fail
             heapq.heappush(self._later, (now + wait, next(self._later_count), job))
             self._sooner.set()
 

@@ -78,6 +78,8 @@ class FileRun:
         self._skipped = 0
         self._done = 0
         self._failed = 0
+        self._syncing = False
+        self._waiting = anyio.CancelScope()
         self._started = time.monotonic()
 
     async def run(self) -> Summary:
@@ -166,11 +168,11 @@ class FileRun:
             path = _journal.path_for(path)
         return OutputFile.open(path, retry_failed=job.retry_failed, overwrite=job.overwrite)
 
-    def _skip_in(self, output: OutputFile) -> Callable[[str], bool]:
-        def skip(key: str) -> bool:
-            answered = output.answered.take(key)
-            self._skipped += answered
-            return answered
+    def _skip_in(self, output: OutputFile) -> Callable[[str, int], int | None]:
+        def skip(key: str, index: int) -> int | None:
+            taken = output.answered.take(key, index)
+            self._skipped += taken is not None
+            return taken
 
         return skip
 
@@ -202,13 +204,20 @@ class FileRun:
         """Wait for results, and meanwhile sync when it is time to; ``None``: there are no more."""
         while True:
             now = anyio.current_time()
-            wait = policy.next(now)
+            wait = None if self._syncing else policy.next(now)
             if wait == 0:
                 policy.began(now)
-                await anyio.to_thread.run_sync(output.sync)
+                self._syncing = True
+                engine.start_soon(self._sync, output)
                 continue
-            with anyio.CancelScope(deadline=math.inf if wait is None else now + wait):
+            with anyio.CancelScope(deadline=math.inf if wait is None else now + wait) as self._waiting:
                 return await engine.take_all() or None
+
+    async def _sync(self, output: OutputFile) -> None:
+        """Have what was written reach the disk, which may take long: answers are written meanwhile."""
+        await anyio.to_thread.run_sync(output.sync)
+        self._syncing = False
+        self._waiting.cancel()  # it may be time for the next one
 
     def _append(self, results: list[Result], output: OutputFile, policy: SyncPolicy) -> None:
         for result in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 import random
 from typing import TYPE_CHECKING
@@ -34,8 +35,8 @@ __all__ = ["Fleet", "Host", "Line"]
 class Host:
     """One agent of the fleet, under its `url`.
 
-    `limit` is ``None`` where the number in flight is fixed for all agents together. Of those `in_flight`, so many
-    are `waiting` for their rate.
+    `limit` is ``None`` where the number in flight is fixed for all agents together. Of those `in_flight`, so
+    many are `waiting` for their rate.
     """
 
     def __init__(self, url: str, headers: HeadersLike | None, limit: AdaptiveLimit | None) -> None:
@@ -47,6 +48,17 @@ class Host:
         self.limit = limit
         self.in_flight = 0
         self.waiting = 0
+        self.resting: list[float] = []  # a heap: until when places are not to be used, as it was busy
+
+    def rest(self, until: float) -> None:
+        """One place of it is not to be used until then."""
+        heapq.heappush(self.resting, until)
+
+    def rested(self, now: float) -> int:
+        """How many places are still not to be used."""
+        while self.resting and self.resting[0] <= now:
+            heapq.heappop(self.resting)
+        return len(self.resting)
 
 
 class Line:
@@ -133,15 +145,16 @@ class Fleet:
             for _ in range(self._config.connections):
                 self._start_soon(self._keep, host)
 
-    def take(self) -> Line | None:
+    def take(self, now: float) -> Line | None:
         """A place for one more prompt, on the least loaded connection that has one."""
-        if self._fixed is not None and self.in_flight >= self._fixed:
+        resting = sum(host.rested(now) for host in self._hosts)
+        if self._fixed is not None and self.in_flight + resting >= self._fixed:
             return None
         best: Line | None = None
         for line in self._lines:
             if (best is None or line.in_flight < best.in_flight) and line.in_flight < line.capacity:
                 limit = line.host.limit
-                if limit is None or line.host.in_flight < limit.limit:
+                if limit is None or line.host.in_flight + len(line.host.resting) < limit.limit:
                     best = line
         if best is not None:
             best.in_flight += 1

@@ -121,8 +121,8 @@ def plan(job: FileJob) -> Plan:
     with contextlib.closing(job.prompts()) as prompts:
         for prompt in prompts:
             key = key_of(prompt, agent)
+            found.to_ask += content.answered.take(key, found.rows) is None
+            found.repeated += seen.take(key, 0) is not None
+            seen.add(key, 0)
             found.rows += 1
-            found.to_ask += not content.answered.take(key)
-            found.repeated += seen.take(key)
-            seen.add(key)
     return found

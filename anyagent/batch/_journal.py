@@ -57,7 +57,7 @@ def look_into(answers: Path, *, retry_failed: bool) -> Content:
         for row in read_keys(answers):
             content.failed += row.failed
             if not (row.failed and retry_failed):
-                content.answered.add(row.id)
+                content.answered.add(row.id, row.place)
     return content
 
 

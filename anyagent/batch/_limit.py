@@ -55,6 +55,11 @@ class AdaptiveLimit:
         """How many requests may be in flight now."""
         return round(self._limit)
 
+    @property
+    def at_minimum(self) -> bool:
+        """Whether it cannot be cut further."""
+        return self.limit <= self._minimum
+
     def succeeded(
         self, now: float, *, in_flight: int, sent: float, first_event: float | None, end: float, work: int
     ) -> None:

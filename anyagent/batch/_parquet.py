@@ -80,10 +80,10 @@ def read_keys(path: Path) -> Iterator[RowKey]:
     Raises `ValueError` if `path` is no such file, or a damaged one, `OSError` if it cannot be read, and
     `ImportError` if there is no pyarrow.
     """
-    for row in _own_rows(path, ["id", "error"]):
-        if row["id"] is None:
+    for row in _own_rows(path, ["id", "index", "error"]):
+        if row["id"] is None or row["index"] is None:
             raise ValueError("not a row of answers")
-        yield RowKey(row["id"], row["error"] is not None)
+        yield RowKey(row["id"], row["index"], row["error"] is not None)
 
 
 def rows_as_jsonl(path: Path) -> Iterator[bytes]:

@@ -15,9 +15,10 @@ ROW_COLUMNS: Final = ("id", "index", "text", "tokens_used", "attempts", "timings
 
 
 class RowKey(NamedTuple):
-    """What has to be known of a row to go on behind it: whose it is, and whether it holds an error."""
+    """What has to be known of a row to go on behind it: whose it is, where that is, whether it failed."""
 
     id: str
+    place: int
     failed: bool
 
 
@@ -71,7 +72,7 @@ def decode_row(line: bytes) -> RowKey:
         row = None
     if row is None:
         raise ValueError("not a row of answers")
-    return RowKey(row.id, row.error is not None)
+    return RowKey(row.id, row.index, row.error is not None)
 
 
 def _is_json(value: object) -> bool:

@@ -45,8 +45,10 @@ class Job:
 
 
 class Source:
-    """Reads `prompts`, and leaves out those whose key `skip` says to.
+    """Reads `prompts`, and leaves out those that have a row: `skip` says by key and index which row that is.
 
+    Where it is the row of another prompt of the same key, that one is asked as if it were the first, when it
+    comes: so each prompt has a row of its own in the end, whichever of equal ones were answered before.
     `exhausted` once there are no more, also because reading them or `skip` failed, with `failure`. An
     asynchronous source is read ahead, by `run`; `on_change` is called then when there is something new. While
     `skipping`, it has left out so many that others should have a turn.
@@ -56,7 +58,7 @@ class Source:
         self,
         prompts: Prompts,
         agent: str,
-        skip: Callable[[str], bool] | None,
+        skip: Callable[[str, int], int | None] | None,
         on_change: Callable[[], object],
     ) -> None:
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable | AsyncIterable):
@@ -72,6 +74,7 @@ class Source:
         self._skip = skip
         self._on_change = on_change
         self._index = 0
+        self._stood_in: dict[tuple[str, int], tuple[Prompt, int]] = {}  # whose row was taken, for whom
         self._order = 0
         self._ahead: deque[Prompt | str] = deque()
         self._room = anyio.Event()
@@ -85,10 +88,17 @@ class Source:
                 if prompt is None:
                     return None
                 key = key_of(prompt, self._agent)
+                index = self._index
                 self._index += 1
-                if self._skip is None or not self._skip(key):
-                    self._order += 1
-                    return Job(prompt, key, self._index - 1, self._order - 1, now)
+                if self._skip is not None:
+                    if (first := self._stood_in.pop((key, index), None)) is not None:
+                        prompt, index = first
+                    elif (taken := self._skip(key, index)) is not None:
+                        if taken > index:
+                            self._stood_in[key, taken] = prompt, index
+                        continue
+                self._order += 1
+                return Job(prompt, key, index, self._order - 1, now)
         except Exception as exc:
             self.exhausted = True
             self.failure = exc
