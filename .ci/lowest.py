@@ -6,8 +6,10 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-optional = [requirement for name in ("cli", "uvloop", "otel", "parquet", "ray") for requirement in extras[name]]
-for requirement in [*project["dependencies"], *optional]:
+requirements = list(project["dependencies"])
+for extra in ("cli", "uvloop", "otel", "parquet", "ray"):
+    requirements += extras[extra]
+for requirement in requirements:
     match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement)
     if match is None:
         raise SystemExit(f"no lower bound in {requirement!r}")

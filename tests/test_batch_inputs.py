@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyagent.batch import Prompt, Result, Timings
-from anyagent.batch._inputs import (
+from anyagent.batch._files.inputs import (
     DEEPEST,
     InputError,
     InputFormat,
@@ -29,7 +29,7 @@ from anyagent.batch._inputs import (
     format_of,
     read_prompts,
 )
-from anyagent.batch._rows import ROW_COLUMNS, decode_row, encode_row
+from anyagent.batch._files.rows import ROW_COLUMNS, decode_row, encode_row
 
 from .properties import REPEATABLE, TEXTS, chain
 

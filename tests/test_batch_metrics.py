@@ -17,10 +17,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anyagent.batch import ErrorRecord
-from anyagent.batch._histogram import Histogram, lower_edge, quantile
-from anyagent.batch._metrics import Metrics, Summary, as_text
-from anyagent.batch._series import CAPACITY, WIDTH, Interval, Series, coarser
-from anyagent.batch._words import duration, percentage, printable, rate
+from anyagent.batch._metrics.histogram import Histogram, lower_edge, quantile
+from anyagent.batch._metrics.metrics import Metrics, Summary, as_text
+from anyagent.batch._metrics.series import CAPACITY, WIDTH, Interval, Series, coarser
+from anyagent.batch._metrics.words import duration, percentage, printable, rate
 
 from .properties import REPEATABLE
 

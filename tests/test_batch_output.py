@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyagent.batch import ErrorRecord, Result, Timings
-from anyagent.batch._answered import Answered, survey
-from anyagent.batch._fsync import Fsync, SyncPolicy
-from anyagent.batch._output import OutputError, OutputFile
-from anyagent.batch._rows import decode_row, encode_row
+from anyagent.batch._files.answered import Answered, survey
+from anyagent.batch._files.fsync import Fsync, SyncPolicy
+from anyagent.batch._files.output import OutputError, OutputFile
+from anyagent.batch._files.rows import decode_row, encode_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -533,7 +533,7 @@ def test_a_file_that_cannot_be_opened_is_told(path: Path, code: int, monkeypatch
 _AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from anyagent.batch._output import OutputError, OutputFile
+from anyagent.batch._files.output import OutputError, OutputFile
 if os.geteuid() == 0:
     os.seteuid(65534)  # root may write anything
 try:
@@ -666,7 +666,7 @@ def test_a_line_that_cannot_be_taken_away_is_the_last_and_is_cut_off_later(
 _FILL = """
 import resource, signal, sys
 from pathlib import Path
-from anyagent.batch._output import OutputError, OutputFile
+from anyagent.batch._files.output import OutputError, OutputFile
 path, room, template = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode()
 with OutputFile.open(path) as output:
     if room:
@@ -828,7 +828,7 @@ def test_standard_output_can_be_named(path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from anyagent.batch._output import OutputFile
+from anyagent.batch._files.output import OutputFile
 with OutputFile.open(Path("/dev/stdout")) as output:
     output.append(sys.argv[1].encode() + b"\\n")
     output.sync()
@@ -985,7 +985,7 @@ def test_never_is_never() -> None:
 _APPEND = """
 import itertools, os, random, sys
 from pathlib import Path
-from anyagent.batch._output import OutputFile
+from anyagent.batch._files.output import OutputFile
 path, template, seed, torn = Path(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3]), int(sys.argv[4])
 draw, write = random.Random(seed), os.write
 appended = 0
@@ -1048,7 +1048,7 @@ def test_what_was_acknowledged_is_there_once_after_any_kill(
 _REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from anyagent.batch._output import OutputFile
+from anyagent.batch._files.output import OutputFile
 path = Path(sys.argv[1])
 before, after = path.read_bytes(), Path(sys.argv[2]).read_bytes()
 outcomes = []

@@ -21,10 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyagent.batch import Attempt, ErrorRecord, Prompt, Result, Timings, _parquet
-from anyagent.batch._inputs import InputError, count_prompts, read_prompts
-from anyagent.batch._parquet import read_keys, require_pyarrow, rows_as_jsonl, write_parquet
-from anyagent.batch._rows import RowKey, encode_row
+from anyagent.batch import Attempt, ErrorRecord, Prompt, Result, Timings
+from anyagent.batch._files import parquet as _parquet
+from anyagent.batch._files.inputs import InputError, count_prompts, read_prompts
+from anyagent.batch._files.parquet import read_keys, require_pyarrow, rows_as_jsonl, write_parquet
+from anyagent.batch._files.rows import RowKey, encode_row
 
 from .properties import REPEATABLE, TEXTS
 

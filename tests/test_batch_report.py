@@ -18,20 +18,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anyagent.batch import ErrorRecord
-from anyagent.batch._axes import Axis, amounts, durations, durations_by_magnitude, times
-from anyagent.batch._histogram import Percentiles
-from anyagent.batch._metrics import Metrics
-from anyagent.batch._plots import distribution
-from anyagent.batch._report import html
-from anyagent.batch._svg import Frame, width_of
-from anyagent.batch._words import duration
+from anyagent.batch._metrics.histogram import Percentiles
+from anyagent.batch._metrics.metrics import Metrics
+from anyagent.batch._metrics.words import duration
+from anyagent.batch._report.axes import Axis, amounts, durations, durations_by_magnitude, times
+from anyagent.batch._report.page import html
+from anyagent.batch._report.plots import distribution
+from anyagent.batch._report.svg import Frame, width_of
 
 from .properties import REPEATABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from anyagent.batch._metrics import Summary
+    from anyagent.batch._metrics.metrics import Summary
 
 SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta"}

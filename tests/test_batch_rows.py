@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyagent.batch import Attempt, ErrorRecord, Result, Timings
-from anyagent.batch._rows import ROW_COLUMNS, RowKey, decode_row, encode_row
+from anyagent.batch._files.rows import ROW_COLUMNS, RowKey, decode_row, encode_row
 
 from .properties import REPEATABLE, TEXTS, chain
 

@@ -13,8 +13,8 @@ import pytest
 
 from anyagent import ConnectError
 from anyagent.batch import Batch, BatchConfig, Prompt, open_batch
-from anyagent.batch._answered import Answered
 from anyagent.batch._batch import run_engine
+from anyagent.batch._files.answered import Answered
 from anyagent.batch._prompt import key_of
 
 from .batch_agents import Answer, MemoryAgent, echo, memory_agents

@@ -16,8 +16,8 @@ import anyio.lowlevel
 import pytest
 
 from anyagent import im
-from anyagent.batch._files import FileRun
-from anyagent.batch._output import OutputError
+from anyagent.batch._files.output import OutputError
+from anyagent.batch._files.run import FileRun
 from anyagent.cli import main
 from anyagent.cli._signals import Signals
 from anyagent.errors import ConnectError

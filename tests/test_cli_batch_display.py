@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from anyagent.batch._files import Progress
-from anyagent.batch._metrics import Metrics
+from anyagent.batch._files.run import Progress
+from anyagent.batch._metrics.metrics import Metrics
 from anyagent.cli._batch_display import Board, JSONLines, Lines, View, board, view_for, watched
 from anyagent.cli._display import Display
 

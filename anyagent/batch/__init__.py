@@ -1,11 +1,25 @@
-"""Batch runs: many prompts in, one result for each."""
+"""Batch runs: many prompts in, one result for each.
+
+* `open_batch` gives the results of any iterable of prompts, `run_batch` returns them all to synchronous code;
+  a `BatchConfig` says which agents to ask, and how.
+* `FileRun` goes from a file of prompts to a durable file of answers, which a later run goes on with.
+
+The formats of files are those of the command ``anyagent batch``; Parquet needs the extra ``parquet``, and the
+lock on the output needs POSIX.
+"""
 
 from ._batch import Batch, open_batch, run_batch
 from ._config import BUSY_CODES, Adaptive, AttemptTimeouts, BatchConfig, Rates, Retry
 from ._engine import TooManyErrors
+from ._files.answered import OutputError
+from ._files.fsync import Fsync
+from ._files.inputs import InputError
+from ._files.job import FileJob
+from ._files.run import FileRun, Progress
+from ._metrics.histogram import Percentiles
+from ._metrics.summary import Summary
 from ._prompt import Prompt
 from ._result import Attempt, ErrorRecord, Result, Timings
-from ._summary import Summary
 
 __all__ = [
     "BUSY_CODES",
@@ -15,6 +29,13 @@ __all__ = [
     "Batch",
     "BatchConfig",
     "ErrorRecord",
+    "FileJob",
+    "FileRun",
+    "Fsync",
+    "InputError",
+    "OutputError",
+    "Percentiles",
+    "Progress",
     "Prompt",
     "Rates",
     "Result",

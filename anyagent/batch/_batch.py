@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from ._config import BatchConfig
-    from ._metrics import Summary
+    from ._metrics.metrics import Summary
     from ._rates import Gate
     from ._result import Result
     from ._source import Prompts

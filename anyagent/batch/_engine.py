@@ -18,7 +18,7 @@ from .._request import ResponseStats
 from ..errors import AnyAgentError, Disconnected
 from ._attempt import AttemptTimeout, NotCompleted, deadline_of, failure_of
 from ._fleet import Fleet
-from ._metrics import Metrics
+from ._metrics.metrics import Metrics
 from ._result import Attempt, Result, Timings
 from ._results import Results
 from ._source import Source

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from anyio.from_thread import start_blocking_portal
 
-from ..batch._answered import reason_of
 from ..batch._engine import TooManyErrors
-from ..batch._files import FileRun
-from ..batch._inputs import InputError
-from ..batch._job import plan
-from ..batch._journal import path_for
-from ..batch._output import OutputError
-from ..batch._report import html
+from ..batch._files.answered import reason_of
+from ..batch._files.inputs import InputError
+from ..batch._files.job import plan
+from ..batch._files.journal import path_for
+from ..batch._files.output import OutputError
+from ..batch._files.run import FileRun
+from ..batch._report.page import html
 from ..errors import ConnectError
 from ._batch_display import watched
 from ._display import OutputClosed
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from anyio.from_thread import BlockingPortal
 
-    from ..batch._job import FileJob
-    from ..batch._metrics import Summary
+    from ..batch._files.job import FileJob
+    from ..batch._metrics.metrics import Summary
     from ._batch_display import End, View
     from ._connection import Connection
     from ._display import Display

@@ -262,8 +262,8 @@ def _batch(
     def command(display: Display, signals: Signals) -> None:
         # Imported here, as the other commands need nothing of it.
         from ..batch import BUSY_CODES, AttemptTimeouts, BatchConfig, Rates, Retry
-        from ..batch._job import FileJob
-        from ..batch._output import Fsync
+        from ..batch._files.job import FileJob
+        from ..batch._files.output import Fsync
         from . import _batch
         from ._batch_display import view_for
         from ._batch_values import check_distinct, codes_of, connection_to, in_flight_of, naming_options

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..batch._metrics import as_text
+from ..batch._metrics.metrics import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from ..batch._files import Progress
-    from ..batch._metrics import Summary
+    from ..batch._files.run import Progress
+    from ..batch._metrics.metrics import Summary
     from ._display import Display
 
 __all__ = ["Board", "End", "JSONLines", "Lines", "View", "view_for", "watched"]

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from ..batch import Adaptive
-from ..batch._journal import path_for
+from ..batch._files.journal import path_for
 from ._connection import Connection
 from ._errors import UsageError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ..batch._job import FileJob
+    from ..batch._files.job import FileJob
 
 __all__ = ["check_distinct", "codes_of", "connection_to", "in_flight_of", "naming_options"]
 

@@ -38,8 +38,8 @@ async def run_engine(url: str, source: Path, target: Path, in_flight: int | None
     """anyagent's batch runner as it is; ``None``: as many in flight as it finds right."""
     # Only here: the other clients are not to have it in their processes.
     from anyagent.batch import BatchConfig
-    from anyagent.batch._files import FileRun
-    from anyagent.batch._job import FileJob
+    from anyagent.batch._files.job import FileJob
+    from anyagent.batch._files.run import FileRun
 
     config = BatchConfig(url) if in_flight is None else BatchConfig(url, in_flight=in_flight)
     await FileRun(FileJob(input=source, output=target, config=config)).run()

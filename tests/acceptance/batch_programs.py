@@ -19,11 +19,16 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import psutil
 
-from anyagent.batch import BatchConfig, _answered, _files, _journal, _output, _parquet
-from anyagent.batch._files import FileJob, FileRun
-from anyagent.batch._fsync import Fsync
-from anyagent.batch._inputs import InputError
-from anyagent.batch._output import OutputError
+from anyagent.batch import BatchConfig
+from anyagent.batch._files import answered as _answered
+from anyagent.batch._files import journal as _journal
+from anyagent.batch._files import output as _output
+from anyagent.batch._files import parquet as _parquet
+from anyagent.batch._files import run as _files
+from anyagent.batch._files.fsync import Fsync
+from anyagent.batch._files.inputs import InputError
+from anyagent.batch._files.output import OutputError
+from anyagent.batch._files.run import FileJob, FileRun
 from anyagent.errors import AnyAgentError
 from anyagent.testing import embedded_agent
 

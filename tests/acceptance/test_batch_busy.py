@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from anyagent.batch import BatchConfig, open_batch
-from anyagent.batch._files import FileJob, FileRun
+from anyagent.batch._files.run import FileJob, FileRun
 from anyagent.testing import embedded_agent
 
 from ..batch_agents import Answer, MemoryAgent, echo, memory_agents
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from anyagent import IM
     from anyagent.batch import Summary
-    from anyagent.batch._series import Interval
+    from anyagent.batch._metrics.series import Interval
     from anyagent.testing import AgentReply
 
 pytestmark = pytest.mark.anyio

@@ -13,9 +13,9 @@ import pytest
 
 from anyagent import IM
 from anyagent.batch import BatchConfig
-from anyagent.batch._files import FileJob, FileRun
-from anyagent.batch._inputs import InputError
-from anyagent.batch._output import OutputError
+from anyagent.batch._files.inputs import InputError
+from anyagent.batch._files.output import OutputError
+from anyagent.batch._files.run import FileJob, FileRun
 from anyagent.testing import embedded_agent
 
 from ..test_batch_output import skip_without_mounts

@@ -11,7 +11,7 @@ import pytest
 
 from anyagent import Backoff
 from anyagent.batch import BatchConfig
-from anyagent.batch._files import FileJob, FileRun
+from anyagent.batch._files.run import FileJob, FileRun
 
 from .batch_programs import PER_SECOND, WORKERS
 from .batches import program, rows_in, write_prompts
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from anyagent.batch._config import Safety
-    from anyagent.batch._series import Interval
+    from anyagent.batch._metrics.series import Interval
 
     from .batches import Program
 

@@ -10,8 +10,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._answered import Answered, Content, OutputError, is_stream, reason_of, rows_of
-from ._fsync import Fsync, SyncPolicy
+from .answered import Answered, Content, OutputError, is_stream, reason_of, rows_of
+from .fsync import Fsync, SyncPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from ._histogram import Percentiles  # noqa: TC001 - as above
-from ._words import duration, percentage, printable, rate
+from .histogram import Percentiles  # noqa: TC001 - as above
+from .words import duration, percentage, printable, rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Final
 
-from ._histogram import SHORTEST
+from .._metrics.histogram import SHORTEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable

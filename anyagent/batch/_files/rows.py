@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from ._result import Attempt, ErrorRecord, Result, Timings  # noqa: TC001 - msgspec reads the annotations
+from .._result import Attempt, ErrorRecord, Result, Timings  # noqa: TC001 - msgspec reads the annotations
 
 __all__ = ["ROW_COLUMNS", "RowKey", "decode_row", "encode_row"]
 

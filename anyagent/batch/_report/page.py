@@ -5,21 +5,21 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from ._axes import amounts, durations, durations_by_magnitude
-from ._histogram import SHORTEST
-from ._plots import Curve, Marks, distribution, over_time
-from ._report_style import POLICY, STYLE
-from ._series import coarser
-from ._svg import element
-from ._words import duration, percentage, printable, rate
+from .._metrics.histogram import SHORTEST
+from .._metrics.series import coarser
+from .._metrics.words import duration, percentage, printable, rate
+from .axes import amounts, durations, durations_by_magnitude
+from .plots import Curve, Marks, distribution, over_time
+from .style import POLICY, STYLE
+from .svg import element
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from ._histogram import Histogram
-    from ._metrics import Latencies
-    from ._series import Interval
-    from ._summary import Summary
+    from .._metrics.histogram import Histogram
+    from .._metrics.metrics import Latencies
+    from .._metrics.series import Interval
+    from .._metrics.summary import Summary
 
 __all__ = ["html"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from ..config import check_positive_integer, check_positive_number
+from ...config import check_positive_integer, check_positive_number
 
 __all__ = ["Fsync", "SyncPolicy"]
 

@@ -6,8 +6,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from ._answered import Content, OutputError, reason_of, survey
-from ._parquet import read_keys, rows_as_jsonl, write_parquet
+from .answered import Content, OutputError, reason_of, survey
+from .parquet import read_keys, rows_as_jsonl, write_parquet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

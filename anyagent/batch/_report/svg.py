@@ -10,10 +10,10 @@ import dataclasses
 from html import escape
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from ._words import printable
+from .._metrics.words import printable
 
 if TYPE_CHECKING:
-    from ._axes import Axis
+    from .axes import Axis
 
 __all__ = ["DARK", "Frame", "element", "plot", "text", "width_of"]
 

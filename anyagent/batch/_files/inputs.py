@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from ._prompt import Prompt
-from ._rows import ROW_COLUMNS
+from .._prompt import Prompt
+from .rows import ROW_COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -125,7 +125,7 @@ def read_prompts(
     source = "standard input" if path is None else str(path)
     try:
         if format == "parquet":
-            from ._parquet import read_parquet  # imports this module
+            from .parquet import read_parquet  # imports this module
 
             yield from read_parquet(path, source, id_column, text_column)
             return
@@ -152,7 +152,7 @@ def count_prompts(path: Path | None, format: InputFormat) -> int | None:
         if path is None or not stat.S_ISREG(path.stat().st_mode):
             return None
         if format == "parquet":
-            from ._parquet import count_rows
+            from .parquet import count_rows
 
             return count_rows(path)
         with path.open("rb", buffering=_BUFFER) as file:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from typing import Final
 
-from ._svg import DARK
+from .svg import DARK
 
 __all__ = ["POLICY", "STYLE"]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from ._axes import amounts, durations_by_magnitude, times
-from ._histogram import SHORTEST, lower_edge
-from ._svg import Frame, element, plot, text, width_of
-from ._words import duration
+from .._metrics.histogram import SHORTEST, lower_edge
+from .._metrics.words import duration
+from .axes import amounts, durations_by_magnitude, times
+from .svg import Frame, element, plot, text, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ._axes import Axis
-    from ._histogram import Percentiles
+    from .._metrics.histogram import Percentiles
+    from .axes import Axis
 
 __all__ = ["Curve", "Marks", "distribution", "over_time"]
 

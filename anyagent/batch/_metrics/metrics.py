@@ -10,15 +10,15 @@ import operator
 from collections import Counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ._histogram import Histogram
-from ._series import WIDTH, Interval, Series
-from ._summary import Summary, as_text
-from ._words import printable
+from .histogram import Histogram
+from .series import WIDTH, Interval, Series
+from .summary import Summary, as_text
+from .words import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ._result import ErrorRecord
+    from .._result import ErrorRecord
 
 __all__ = ["Latencies", "Live", "Metrics", "Summary", "as_text"]
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
-from ._inputs import DEEPEST, InputError, Unfit, names_of, prompt_of
-from ._rows import ROW_COLUMNS, RowKey, decode_row
+from .inputs import DEEPEST, InputError, Unfit, names_of, prompt_of
+from .rows import ROW_COLUMNS, RowKey, decode_row
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from typing import BinaryIO
 
-    from ._prompt import Prompt
+    from .._prompt import Prompt
 
 __all__ = ["count_rows", "read_keys", "read_parquet", "require_pyarrow", "rows_as_jsonl", "write_parquet"]
 

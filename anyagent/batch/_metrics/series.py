@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Final
 
-from ._histogram import quantile
+from .histogram import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,13 +8,13 @@ import re
 import stat
 from typing import TYPE_CHECKING, BinaryIO
 
-from ._rows import decode_row
+from .rows import decode_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ._rows import RowKey
+    from .rows import RowKey
 
 __all__ = ["Answered", "Content", "OutputError", "is_stream", "reason_of", "rows_of", "survey"]
 

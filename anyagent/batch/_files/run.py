@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Final
 import anyio
 import anyio.to_thread
 
-from . import _journal
-from ._batch import run_engine
-from ._inputs import count_prompts
-from ._job import FileJob
-from ._metrics import Metrics
-from ._output import OutputFile, SyncPolicy
-from ._rows import encode_row
+from .._batch import run_engine
+from .._metrics.metrics import Metrics
+from . import journal as _journal
+from .inputs import count_prompts
+from .job import FileJob
+from .output import OutputFile, SyncPolicy
+from .rows import encode_row
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from ._engine import Engine
-    from ._metrics import Latencies
-    from ._prompt import Prompt
-    from ._result import Result
-    from ._series import Interval
-    from ._source import Prompts
-    from ._summary import Summary
+    from .._engine import Engine
+    from .._metrics.metrics import Latencies
+    from .._metrics.series import Interval
+    from .._metrics.summary import Summary
+    from .._prompt import Prompt
+    from .._result import Result
+    from .._source import Prompts
 
 __all__ = ["FileJob", "FileRun", "Progress"]
 

@@ -7,20 +7,20 @@ import dataclasses
 import stat
 from typing import TYPE_CHECKING
 
-from . import _journal
-from ._answered import Answered, Content, survey
-from ._inputs import format_of, read_prompts
-from ._output import Fsync, OutputError
-from ._parquet import require_pyarrow
-from ._prompt import key_of
+from .._prompt import key_of
+from . import journal as _journal
+from .answered import Answered, Content, survey
+from .inputs import format_of, read_prompts
+from .output import Fsync, OutputError
+from .parquet import require_pyarrow
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-    from ._config import BatchConfig
-    from ._inputs import InputFormat
-    from ._prompt import Prompt
+    from .._config import BatchConfig
+    from .._prompt import Prompt
+    from .inputs import InputFormat
 
 __all__ = ["FileJob", "Plan", "plan"]
 

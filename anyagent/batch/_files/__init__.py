@@ -1,0 +1,3 @@
+"""From a file of prompts to a file of answers."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""What a run measures of itself."""
+
+__all__: list[str] = []
