@@ -28,8 +28,8 @@ class Batch:
 
     The results come as they finish or, with ``BatchConfig.ordered``, in the order of the prompts. Behind the
     last one iterating raises what ended the batch early: `TooManyErrors`; `ConnectError`, if no agent can be
-    reached any more; or the exception that the prompts' own iterator raised. What was asked before is
-    answered first. Cancelled while waiting: no result is lost. There is one consumer at a time.
+    reached any more; or the exception that the prompts' own iterator raised, once what it gave before is
+    answered. Cancelled while waiting: no result is lost. There is one consumer at a time.
 
     Once the block is left, what was there can still be taken; `anyio.ClosedResourceError` is behind it.
     """

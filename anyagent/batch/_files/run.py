@@ -72,14 +72,15 @@ class FileRun:
         self.failed_before = 0  # rows with an error that were there, and are not asked again
         self._job = job
         self._engine: Engine | None = None
-        self._patience = anyio.CancelScope()
+        self._deadline = math.inf  # of what is in flight, once it was stopped
+        self._patience: anyio.CancelScope | None = None
         self._total: int | None = None
         self._answered = 0  # rows that were there
         self._skipped = 0
         self._done = 0
         self._failed = 0
         self._syncing = False
-        self._waiting = anyio.CancelScope()
+        self._waiting: anyio.CancelScope | None = None
         self._started = time.monotonic()
 
     async def run(self) -> Summary:
@@ -112,7 +113,9 @@ class FileRun:
         A second call can only shorten the time.
         """
         self.stopped = True
-        self._patience.deadline = min(self._patience.deadline, anyio.current_time() + grace)
+        self._deadline = min(self._deadline, anyio.current_time() + grace)
+        if self._patience is not None:
+            self._patience.deadline = self._deadline
         if self._engine is not None:
             self._engine.stop()
 
@@ -186,7 +189,7 @@ class FileRun:
         """Write every result; they are durable when this returns, if that was asked for."""
         policy = SyncPolicy(self._job.fsync, anyio.current_time())
         try:
-            with self._patience:
+            with anyio.CancelScope(deadline=self._deadline) as self._patience:
                 while (results := await self._next(engine, output, policy)) is not None:
                     if output.blocks:
                         await anyio.to_thread.run_sync(
@@ -217,6 +220,7 @@ class FileRun:
         """Have what was written reach the disk, which may take long: answers are written meanwhile."""
         await anyio.to_thread.run_sync(output.sync)
         self._syncing = False
+        assert self._waiting is not None
         self._waiting.cancel()  # it may be time for the next one
 
     def _append(self, results: list[Result], output: OutputFile, policy: SyncPolicy) -> None:
