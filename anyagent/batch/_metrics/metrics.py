@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import operator
 from collections import Counter
@@ -182,7 +183,7 @@ class Metrics:
         """The figures of the run up to `now`, to which the caller adds what it alone knows."""
         elapsed = max(0.0, now - self._start)
         return Summary(
-            version=importlib.metadata.version("anyagent"),
+            version=_version(),
             started=self._started,
             ended=self._started + datetime.timedelta(seconds=elapsed),
             elapsed=elapsed,
@@ -232,6 +233,11 @@ class Metrics:
                 first_event=first_event,
             )
         )
+
+
+@functools.cache
+def _version() -> str:
+    return importlib.metadata.version("anyagent")
 
 
 def _count(errors: Counter[str], error: ErrorRecord) -> None:
