@@ -601,3 +601,8 @@ def test_an_input_that_is_cut_gives_its_whole_lines_and_then_says_so(
         assert len(prompts) == whole
         assert error is not None
         assert (error.line, error.reason) == (whole + 1, "the last line is not complete")
+
+
+def test_standard_input_may_be_what_a_program_has_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\n')))
+    assert [prompt.text for prompt in read_prompts(None, "jsonl")] == ["a"]
