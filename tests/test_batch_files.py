@@ -267,3 +267,46 @@ async def test_files_that_cannot_be_meant_are_told_before_anything_is_touched(
         with pytest.raises(error):
             plan(job)
     assert (tmp_path / "prompts.jsonl").stat().st_size > 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_what_is_answered_when_the_grace_ends_is_written_also_if_it_waits_for_its_turn(
+    ordered: bool, agent: EmbeddedAgent, tmp_path: Path
+) -> None:
+    write(tmp_path, "endless", "a", "b", "c")
+    config = BatchConfig(agent.url, ordered=ordered)
+    job = FileJob(input=tmp_path / "prompts.jsonl", output=tmp_path / "answers.jsonl", config=config)
+    run = FileRun(job)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run.run)
+        while run.summary().done < 3:  # noqa: ASYNC110 - in a moment
+            await anyio.sleep(0.005)
+        run.stop(grace=0)
+    assert rows(tmp_path / "answers.jsonl") == [(1, 1, "A"), (2, 2, "B"), (3, 3, "C")]
+
+
+async def test_what_was_written_is_synced_also_where_the_run_fails(
+    agent: EmbeddedAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a", "b")
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write("no prompt\n")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with pytest.raises(InputError, match="line 3"):
+        await FileRun(job_of(agent, tmp_path, fsync=Fsync(rows=1_000, seconds=None))).run()
+    opening = 1  # of the directory
+    assert len(synced) == opening + 1
+
+
+async def test_a_journal_is_not_overwritten_if_it_is_the_input(agent: EmbeddedAgent, tmp_path: Path) -> None:
+    (tmp_path / "answers.parquet.jsonl").write_text('{"text": "a"}\n')
+    job = FileJob(
+        input=tmp_path / "answers.parquet.jsonl",
+        output=tmp_path / "answers.parquet",
+        config=BatchConfig(agent.url),
+        overwrite=True,
+    )
+    with pytest.raises(OutputError, match="it is the input"):
+        await FileRun(job).run()
+    assert (tmp_path / "answers.parquet.jsonl").stat().st_size > 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from anyagent import Backoff, ConnectError, Disconnected
+from anyagent import OM, Backoff, ConnectError, Disconnected
 from anyagent.batch import Adaptive, AttemptTimeouts, BatchConfig, Rates, Result, Retry, open_batch
 
 from .batch_agents import Answer, MemoryAgent, echo, memory_agents
@@ -86,6 +86,63 @@ async def test_an_agent_that_is_given_up_leaves_the_work_to_the_others(
         results = await results_of(config)
     assert {result.error for result in results} == {None}
     assert len(results) == len(other.seen) == 20
+
+
+async def test_an_agent_that_was_given_up_is_asked_again_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late, other = MemoryAgent(slowly), MemoryAgent(slowly)
+    async with memory_agents(monkeypatch, a=late, b=other) as urls:
+        config = BatchConfig(urls, in_flight=2, retry="idempotent", reconnect=Backoff(attempts=1, maximum=1))
+        prompts = (f"prompt {number}" for number in range(200))
+        async with open_batch(prompts, config) as batch:
+            results = [await anext(batch) for _ in range(20)]
+            late.down = True
+            late.lose()
+            results += [await anext(batch) for _ in range(80)]
+            late.down, seen = False, len(late.seen)
+            results += [result async for result in batch]
+            assert len(late.seen) > seen
+            other.down = late.down = True
+    assert sorted(result.index for result in results) == list(range(200))
+
+
+async def test_a_busy_agent_does_not_draw_the_prompts_from_one_that_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def busy(prompt: str, answer: Answer) -> None:
+        answer.error("busy", retry_after=60)
+
+    occupied, free = MemoryAgent(busy), MemoryAgent(slowly)
+    async with memory_agents(monkeypatch, a=occupied, b=free) as urls:
+        for in_flight in (10, Adaptive(initial=4)):
+            results = await results_of(BatchConfig(urls, in_flight=in_flight))
+            assert {result.error for result in results} == {None}
+
+
+@pytest.mark.parametrize("in_flight", [50, Adaptive(initial=50)])
+async def test_what_an_agent_takes_may_change_and_what_it_does_not_say_stays(
+    in_flight: int | Adaptive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def changing(prompt: str, answer: Answer) -> None:
+        number = len(answer.agent.seen)
+        if number == 10:
+            answer.send(OM.Status("working", ("ids", "cancel")))
+        if number == 60:
+            answer.send(OM.Status("ready", ("ids", "cancel"), max_in_flight=12))
+        peaks.append(answer.agent.in_flight)
+        await anyio.sleep(1)
+        answer.text(prompt)
+        answer.end()
+
+    peaks: list[int] = []
+    agent = MemoryAgent(changing, status=OM.Status("ready", ("ids", "cancel"), max_in_flight=4))
+    async with memory_agents(monkeypatch, agent=agent) as urls:
+        prompts = (f"prompt {number}" for number in range(300))
+        async with open_batch(prompts, BatchConfig(urls, in_flight=in_flight)) as batch:
+            assert len([result async for result in batch]) == 300
+    assert max(peaks[:60]) == 4
+    assert max(peaks) == 12
 
 
 async def test_an_agent_that_is_not_there_yet_is_waited_for_if_another_is(
@@ -196,7 +253,8 @@ async def test_a_lost_connection_is_a_warning_that_names_the_host_alone(
                     pass
     records = [record for record in caplog.records if record.getMessage().startswith("batch")]
     assert [(record.levelname, record.getMessage()) for record in records] == [
-        ("WARNING", "batch: agent:80: Disconnected, connecting again")
+        ("WARNING", "batch: agent:80: Disconnected, connecting again"),
+        ("ERROR", "batch: agent:80: 2 failures in a row, the last: Disconnected"),
     ]
 
 

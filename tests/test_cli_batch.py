@@ -279,18 +279,19 @@ def test_prompts_that_failed_before_count_until_they_are_answered(agent: Embedde
 
 
 def test_an_error_that_is_named_is_tried_again() -> None:
-    failed: list[str] = []
+    codes: list[str | int] = [418, "418", -32000]
 
     async def handler(message: im.UserMessage, reply: AgentReply) -> None:
-        if len(failed) < 2:
-            failed.append(message.text)
-            await reply.error(418 if len(failed) == 1 else "418", "later", retry_after=0.001)
+        if codes:
+            await reply.error(codes.pop(), "later", retry_after=0.001)
         await echo(message, reply)
 
     with embedded_agent(handler) as agent:
-        outcome = batch(prompts("Hello!"), "--url", agent.url, "--retry-code", "418", "--retry-code", "x")
+        outcome = batch(
+            prompts("Hello!"), "--url", agent.url, "--retry-code", "418", "--retry-code", "-32000"
+        )
     assert outcome.code == 0
-    assert len(rows()[0]["attempts"]) == 3
+    assert len(rows()[0]["attempts"]) == 4
 
 
 @pytest.mark.parametrize("option", ["--timeout", "--first-event-timeout", "--idle-timeout"])

@@ -59,8 +59,8 @@ class Rates:
     * `tokens_per_minute`: tokens as the agents count them. What an answer will use is estimated from those
       before it, and set right when it has ended.
 
-    Both are token buckets that hold a second's worth at most, so that the load is even. A value that is not
-    positive and finite is a `ValueError`.
+    Both are token buckets that hold a second's worth, and no less than one request or two answers, so that
+    the load is even. A value that is not positive and finite is a `ValueError`.
     """
 
     requests_per_minute: float | None = None
@@ -77,8 +77,8 @@ class Rates:
 class Retry:
     """When a prompt that failed is tried again. A wrong value is a `ValueError`.
 
-    A prompt of which nothing was written is tried again always, without that being counted: no agent has
-    seen it. One that an agent may have begun with is tried again only
+    A prompt of which nothing was written when its connection was lost is tried again always, without that
+    being counted: no agent has seen it. One that an agent may have begun with is tried again only
 
     * if the agent answered with an error whose code is one of `codes` (default `BUSY_CODES`), or
     * with `safety` ``"idempotent"`` (default ``"safe"``), which says that asking twice does no harm: after a

@@ -215,7 +215,8 @@ class Engine:
         if self._stopping or self._results.ended:
             return None
         now = anyio.current_time()
-        line = self._fleet.take(now)
+        attempts = self._again[0].attempts if self._again else ()
+        line = self._fleet.take(now, attempts[-1].agent if attempts else None)
         if line is None:
             return None
         job = self._next_job(now)
@@ -336,7 +337,7 @@ class Engine:
             )
         self._record(job, line, stats, end, None, reply.tokens_used)
         self._finish(job, stats, end, reply, None)
-        if limit is not None and limit.limit > line.host.in_flight:
+        if limit is None or limit.limit > line.host.in_flight:
             self._fill()
 
     def _failed(self, job: Job, line: Line, exc: Exception, stats: ResponseStats | None) -> None:

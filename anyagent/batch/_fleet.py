@@ -73,7 +73,7 @@ class Line:
         self.cause = cause  # why the one before it ended
         self.agent: Agent
         self.multiplexed = False
-        self.lanes = 1
+        self.lanes: float = 1
         self.in_flight = 0
         self.opened: float | None = None
         self.tried = anyio.Event()
@@ -85,14 +85,16 @@ class Line:
         """It is open; `lanes` as in `Dialect`."""
         self.agent = agent
         self.multiplexed = lanes is None
-        self.lanes = lanes or 1
+        self.lanes = lanes or math.inf
         self.opened = anyio.current_time()
         self.tried.set()
 
     @property
     def capacity(self) -> float:
         """How many prompts the agent can answer at once on this connection, by its newest status."""
-        return self.agent.status.max_in_flight or math.inf if self.multiplexed else self.lanes
+        if self.multiplexed:
+            self.lanes = self.agent.status.max_in_flight or self.lanes  # one that is not said stays as it was
+        return self.lanes
 
     def refuse(self, failure: AnyAgentError) -> None:
         """It takes no more prompts."""
@@ -145,17 +147,23 @@ class Fleet:
             for _ in range(self._config.connections):
                 self._start_soon(self._keep, host)
 
-    def take(self, now: float) -> Line | None:
-        """A place for one more prompt, on the least loaded connection that has one."""
+    def take(self, now: float, avoided: str | None) -> Line | None:
+        """A place for one more prompt, on the least loaded connection that has one.
+
+        Those of agents that were busy of late, or have the label `avoided`, come last.
+        """
         resting = sum(host.rested(now) for host in self._hosts)
         if self._fixed is not None and self.in_flight + resting >= self._fixed:
             return None
         best: Line | None = None
+        least = (True, 0)
         for line in self._lines:
-            if (best is None or line.in_flight < best.in_flight) and line.in_flight < line.capacity:
-                limit = line.host.limit
-                if limit is None or line.host.in_flight + len(line.host.resting) < limit.limit:
-                    best = line
+            host = line.host
+            load = (bool(host.resting) or host.label == avoided, line.in_flight)
+            if (best is None or load < least) and line.in_flight < line.capacity:
+                limit = host.limit
+                if limit is None or host.in_flight + len(host.resting) < limit.limit:
+                    best, least = line, load
         if best is not None:
             best.in_flight += 1
             best.host.in_flight += 1
@@ -181,12 +189,16 @@ class Fleet:
         backoff = self._config.reconnect
         failures = 0
         cause: AnyAgentError | None = None
+        given_up = False
         while True:
             line = Line(host, cause)
             self._start_soon(self._hold, line)
             await line.tried.wait()
             self._untried -= cause is None
             self._ever_connected |= line.opened is not None
+            if given_up and line.opened is not None:
+                given_up = False
+                self._slots += 1
             self.reconnects += cause is not None and line.opened is not None
             await line.refused.wait()
             if line.opened is not None and anyio.current_time() >= line.opened + backoff.healthy:
@@ -194,12 +206,15 @@ class Fleet:
             failures += 1
             cause = line.failure
             assert cause is not None
-            if self._hopeless(failures):
+            if not given_up and self._hopeless(failures):
+                given_up = True  # unless it comes back while there are others
                 self._slots -= 1
+                tries = failures, type(cause).__name__
+                logger.error("batch: %s:%d: %d failures in a row, the last: %s", *host.address, *tries)
                 if not self._slots or not self._ever_connected:
                     self.failure = _given_up(cause)
                     self._on_change()
-                return
+                    return
             logger.warning("batch: %s:%d: %s, connecting again", *host.address, type(cause).__name__)
             await anyio.sleep(random.uniform(0, backoff.bound(failures)))
 

@@ -93,7 +93,7 @@ def batch(order: Order, display: Display, signals: Signals) -> None:
         summary, page = portal.call(_figures, run, order.settings)
         end: End = "complete" if outcome is None else "stopped" if run.stopped else "failed"
         where = job.output
-        if where is not None and job.as_parquet and outcome is not None:
+        if where is not None and job.as_parquet and path_for(where).exists():
             where = path_for(where)
         view.conclude(end, summary, where)
         figures = msgspec.json.format(msgspec.json.encode(summary)) + b"\n"

@@ -29,6 +29,7 @@ _show = functools.partial(typer.Option, rich_help_panel="What is shown and repor
 class Format(enum.StrEnum):
     jsonl = "jsonl"
     csv = "csv"
+    tsv = "tsv"
     text = "text"
     parquet = "parquet"
 
@@ -106,7 +107,7 @@ def _batch(
         _io(
             "--format",
             metavar="FORMAT",
-            help="The input's: jsonl, csv, text (a prompt a line) or parquet.  [default: by its suffix; "
+            help="The input's: jsonl, csv, tsv, text (a prompt a line) or parquet.  [default: by its suffix; "
             "standard input: jsonl]",
         ),
     ] = None,

@@ -61,7 +61,7 @@ def in_flight_of(value: str, maximum: int | None) -> int | Adaptive:
 
 def codes_of(code: str) -> set[str | int]:
     """The code as agents may spell it: as text and, if it is one, as a number."""
-    return {code, int(code)} if code.isdecimal() else {code}
+    return {code, int(code)} if code.removeprefix("-").isdecimal() else {code}
 
 
 def check_distinct(job: FileJob, others: Mapping[str, Path | None]) -> None:

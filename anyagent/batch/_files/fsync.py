@@ -17,7 +17,7 @@ _SECONDS = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)s")
 class Fsync:
     """When rows that were written are synced to the disk, so that they outlast a power cut.
 
-    * `rows` (default ``None``): at the latest after this many.
+    * `rows` (default ``None``): a sync begins after this many, or once the one before has ended.
     * `seconds` (default 1): at the latest this long after the sync before.
 
     What comes first counts; ``None``: not for this reason; both ``None``: never, which leaves it to the

@@ -68,10 +68,12 @@ class FileJob:
         """
         if self.format == "parquet" or self.as_parquet:
             require_pyarrow()
-        if self.input is not None and self.output is not None:
+        if self.input is None or self.output is None:
+            return
+        for path in (self.output, _journal.path_for(self.output)) if self.as_parquet else (self.output,):
             with contextlib.suppress(OSError):
-                if self.input.samefile(self.output):
-                    raise OutputError(self.output, "it is the input")
+                if self.input.samefile(path):
+                    raise OutputError(path, "it is the input")
 
     @property
     def waits_for_input(self) -> bool:

@@ -88,7 +88,8 @@ class FileRun:
 
         Raises `InputError` for an input that cannot be read (on), once all prompts before are answered;
         `OutputError`; `TooManyErrors`; `ConnectError` if no agent can be reached; `ImportError` if Parquet
-        needs what is not installed. Whatever comes: what was answered is written.
+        needs what is not installed. Whatever comes: what was answered is written, and synced where that was
+        asked for.
         """
         job = self._job
         job.check()
@@ -96,12 +97,18 @@ class FileRun:
             self._answered = len(output.answered)
             self.failed_before = output.answered_failed
             skip = self._skip_in(output) if self._answered else None
-            async with run_engine(prompts, job.config, skip=skip) as engine:
-                self._engine = engine
-                engine.start_soon(self._count)
-                if self.stopped:
-                    engine.stop()
-                await self._write(engine, output)
+            policy = SyncPolicy(job.fsync, anyio.current_time())
+            try:
+                async with run_engine(prompts, job.config, skip=skip) as engine:
+                    self._engine = engine
+                    engine.start_soon(self._count)
+                    if self.stopped:
+                        engine.stop()
+                    await self._write(engine, output, policy)
+            finally:
+                if policy.pending:
+                    with anyio.CancelScope(shield=True):
+                        await anyio.to_thread.run_sync(output.sync)
             if job.as_parquet and not self.stopped:
                 assert job.output is not None
                 await anyio.to_thread.run_sync(_journal.finish, job.output)
@@ -185,9 +192,8 @@ class FileRun:
             count_prompts, job.input, job.format, abandon_on_cancel=True
         )
 
-    async def _write(self, engine: Engine, output: OutputFile) -> None:
-        """Write every result; they are durable when this returns, if that was asked for."""
-        policy = SyncPolicy(self._job.fsync, anyio.current_time())
+    async def _write(self, engine: Engine, output: OutputFile, policy: SyncPolicy) -> None:
+        """Write every result."""
         try:
             with anyio.CancelScope(deadline=self._deadline) as self._patience:
                 while (results := await self._next(engine, output, policy)) is not None:
@@ -199,9 +205,8 @@ class FileRun:
                         self._append(results, output, policy)
         finally:
             if not output.blocks:
+                engine.end()  # what waits for its turn waits no longer
                 self._append(engine.take_ready(), output, policy)
-        if policy.pending:
-            await anyio.to_thread.run_sync(output.sync)
 
     async def _next(self, engine: Engine, output: OutputFile, policy: SyncPolicy) -> list[Result] | None:
         """Wait for results, and meanwhile sync when it is time to; ``None``: there are no more."""
