@@ -606,3 +606,13 @@ def test_an_input_that_is_cut_gives_its_whole_lines_and_then_says_so(
 def test_standard_input_may_be_what_a_program_has_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\n')))
     assert [prompt.text for prompt in read_prompts(None, "jsonl")] == ["a"]
+
+
+def test_standard_input_is_read_to_its_end_and_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b'{"text": "a"}\n{"text": "b"}')
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert [prompt.text for prompt in read_prompts(None, "jsonl")] == ["a", "b"]
+        assert os.fstat(reader)
