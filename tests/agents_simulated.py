@@ -26,11 +26,9 @@ class Limit(Protocol):
     @property
     def limit(self) -> int: ...
 
-    def succeeded(
-        self, now: float, *, in_flight: int, sent: float, first_event: float | None, end: float, work: int
-    ) -> None: ...
+    def succeeded(self, now: float, *, in_flight: int, sent: float, first_event: float | None) -> None: ...
 
-    def busy(self, now: float, *, sent: float, retry_after: float | None) -> None: ...
+    def busy(self, now: float, *, sent: float) -> None: ...
 
 
 @dataclasses.dataclass
@@ -39,12 +37,10 @@ class Fixed:
 
     limit: int
 
-    def succeeded(
-        self, now: float, *, in_flight: int, sent: float, first_event: float | None, end: float, work: int
-    ) -> None:
+    def succeeded(self, now: float, *, in_flight: int, sent: float, first_event: float | None) -> None:
         pass
 
-    def busy(self, now: float, *, sent: float, retry_after: float | None) -> None:
+    def busy(self, now: float, *, sent: float) -> None:
         pass
 
 
@@ -123,11 +119,11 @@ def drive(limit: Limit, agent: Agent, seconds: float, seed: int) -> Run:
                 heapq.heappush(ends, (now + agent.busy_after, sequence, now, -1))
         now, _, sent, first = heapq.heappop(ends)
         if first == -1:
-            limit.busy(now, sent=sent, retry_after=None)
+            limit.busy(now, sent=sent)
             run.busy.append(now)
         else:
             serving -= 1
-            limit.succeeded(now, in_flight=in_flight, sent=sent, first_event=first, end=now, work=1)
+            limit.succeeded(now, in_flight=in_flight, sent=sent, first_event=first)
             run.ended.append(now)
         run.limits.append((now, limit.limit))
         in_flight -= 1

@@ -681,3 +681,15 @@ async def test_an_agent_that_is_busy_is_not_asked_over_and_over_until_no_attempt
         results = await results_of(numbered(1_000), BatchConfig(urls, in_flight=in_flight))
     failed = sum(result.error is not None for result in results)
     assert failed <= 20
+
+
+async def test_failures_other_than_a_busy_agent_do_not_change_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def failing(prompt: str, answer: Answer) -> None:
+        answer.error("no_answer")
+
+    async with memory_agents(monkeypatch, agent=MemoryAgent(failing)) as urls:
+        async with open_batch(numbered(200), BatchConfig(urls)) as batch:
+            async for _ in batch:
+                assert batch.limit == Adaptive().initial

@@ -111,7 +111,7 @@ async def test_an_engine_gives_results_as_they_are_wanted(monkeypatch: pytest.Mo
                     await anyio.wait_all_tasks_blocked()
                     indices += [each.index for each in engine.take_ready()]
             assert engine.take_ready() == []
-            assert (engine.done, engine.failed, engine.reconnects) == (100, 0, 0)
+            assert (engine.metrics.done, engine.metrics.failed, engine.reconnects) == (100, 0, 0)
             assert engine.now() == pytest.approx(engine.now(), abs=60)
             assert engine.ended is None
         assert engine.ended is not None

@@ -46,17 +46,17 @@ class Batch:
     @property
     def done(self) -> int:
         """How many prompts were answered."""
-        return self._engine.done
+        return self._engine.metrics.done
 
     @property
     def failed(self) -> int:
         """How many prompts have failed."""
-        return self._engine.failed
+        return self._engine.metrics.failed
 
     @property
     def retried(self) -> int:
         """How often a prompt was tried again, that an agent may have seen."""
-        return self._engine.retried
+        return self._engine.metrics.retries
 
     @property
     def in_flight(self) -> int:

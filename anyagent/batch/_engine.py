@@ -88,9 +88,6 @@ class Engine:
     ) -> None:
         now = anyio.current_time()
         self.metrics = Metrics(now)
-        self.done = 0
-        self.failed = 0
-        self.retried = 0
         self._last_error: ErrorRecord | None = None
         self.ended: float | None = None
         self.crash: BaseException | None = None
@@ -332,8 +329,6 @@ class Engine:
                 in_flight=line.host.in_flight - line.host.waiting,
                 sent=stats.sent,
                 first_event=stats.first_event,
-                end=end,
-                work=stats.events,
             )
         self._record(job, line, stats, end, None, reply.tokens_used)
         self._finish(job, stats, end, reply, None)
@@ -347,11 +342,8 @@ class Engine:
         stats = stats or ResponseStats()
         failure = failure_of(exc, self._retry, sent=stats.sent is not None)
         limit = line.host.limit
-        if limit is not None and stats.sent is not None:
-            if failure.busy:
-                limit.busy(now, sent=stats.sent, retry_after=failure.retry_after)
-            else:
-                limit.failed(now, sent=stats.sent)
+        if limit is not None and stats.sent is not None and failure.busy:
+            limit.busy(now, sent=stats.sent)
         self._record(job, line, stats, now, failure.error, None, failure.partial)
         job.tries += not failure.unseen
         if not failure.retry or job.tries >= self._retry.attempts:
@@ -359,7 +351,6 @@ class Engine:
         elif failure.unseen:
             self._again.appendleft(job)
         else:
-            self.retried += 1
             self.metrics.retried()
             wait = min(failure.retry_after, _LONGEST_WAIT) + random.uniform(0, self._retry.bound(job.tries))
             if failure.busy and (limit is None or limit.at_minimum):
@@ -415,22 +406,18 @@ class Engine:
         self._untaken += 1
         self.metrics.result(end, error, tokens_used, job.queued)
         self._results.add(result, job.order)
-        if error is None:
-            self.done += 1
-        else:
-            self.failed += 1
-            self._last_error = error
-        if self.failed:
-            self._end_if_too_many()
+        self._last_error = error or self._last_error
+        if self._last_error is not None:
+            self._end_if_too_many(self._last_error)
 
-    def _end_if_too_many(self) -> None:
+    def _end_if_too_many(self, last: ErrorRecord) -> None:
         most, rate = self._config.max_errors, self._config.max_error_rate
-        finished = self.done + self.failed
-        if (most is not None and self.failed > most) or (
-            rate is not None and finished >= _RATE_NEEDS and self.failed > rate * finished
+        failed = self.metrics.failed
+        finished = self.metrics.done + failed
+        if (most is not None and failed > most) or (
+            rate is not None and finished >= _RATE_NEEDS and failed > rate * finished
         ):
-            assert self._last_error is not None
-            self._results.end(TooManyErrors(self.failed, finished, self._last_error))
+            self._results.end(TooManyErrors(failed, finished, last))
 
     # Time
 

@@ -60,16 +60,14 @@ class AdaptiveLimit:
         """Whether it cannot be cut further."""
         return self.limit <= self._minimum
 
-    def succeeded(
-        self, now: float, *, in_flight: int, sent: float, first_event: float | None, end: float, work: int
-    ) -> None:
-        """A request that was sent at `sent` was answered to its end.
+    def succeeded(self, now: float, *, in_flight: int, sent: float, first_event: float | None) -> None:
+        """A request that was sent at `sent` has been answered to its end, which is now.
 
-        `in_flight` counts it, too. Without a `first_event`, its `end` stands for it.
+        `in_flight` counts it, too. Without a `first_event`, its end stands for it.
         """
         sent_since = sent > self._cut_at
         if not self._unsettled:
-            self._window.add((end if first_event is None else first_event) - sent, end - sent)
+            self._window.add((now if first_event is None else first_event) - sent, now - sent)
             if self._window.full and self._judge(now):
                 return
         elif sent_since:
@@ -78,17 +76,11 @@ class AdaptiveLimit:
         if sent_since and 2 * in_flight >= self._limit:
             self._grow()
 
-    def busy(self, now: float, *, sent: float, retry_after: float | None) -> None:
-        """The agent was too busy to begin with a request that was sent at `sent`.
-
-        `retry_after` is for the prompt to wait; the limit is about the others.
-        """
+    def busy(self, now: float, *, sent: float) -> None:
+        """The agent was too busy to begin with a request that was sent at `sent`."""
         if sent > self._cut_at:
             taken = self.limit - 1
             self._cut(now, min(self._limit * _BUSY_CUT, taken), ceiling=taken)
-
-    def failed(self, now: float, *, sent: float) -> None:
-        """A request failed otherwise: that says nothing about the limit, and is no reason to grow."""
 
     def _grow(self) -> None:
         self._rounds += 1 / self._limit

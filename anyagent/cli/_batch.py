@@ -14,8 +14,7 @@ import msgspec
 from anyio.from_thread import start_blocking_portal
 
 from ..batch._engine import TooManyErrors
-from ..batch._files.answered import reason_of
-from ..batch._files.inputs import InputError
+from ..batch._files.inputs import InputError, reason_of
 from ..batch._files.job import plan
 from ..batch._files.journal import path_for
 from ..batch._files.output import OutputError

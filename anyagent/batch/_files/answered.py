@@ -8,6 +8,7 @@ import re
 import stat
 from typing import TYPE_CHECKING, BinaryIO
 
+from .inputs import reason_of
 from .rows import decode_row
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from .rows import RowKey
 
-__all__ = ["Answered", "Content", "OutputError", "is_stream", "reason_of", "rows_of", "survey"]
+__all__ = ["Answered", "Content", "OutputError", "is_stream", "rows_of", "survey"]
 
 _DIGEST_SIZE = 16  # bytes; two of a million million keys are equal by a chance of 1 in 10 ** 15
 
@@ -41,12 +42,6 @@ class OutputError(Exception):
     def __str__(self) -> str:
         where = "" if self.line is None else f", line {self.line}"
         return f"{self.path}{where}: {self.reason}"
-
-
-def reason_of(error: OSError) -> str:
-    """What the operating system says, as the end of a sentence."""
-    said = error.strerror or str(error)
-    return said[:1].lower() + said[1:]
 
 
 class Answered:

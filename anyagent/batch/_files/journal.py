@@ -6,7 +6,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from .answered import Content, OutputError, reason_of, survey
+from .answered import Content, OutputError, survey
+from .inputs import reason_of
 from .parquet import read_keys, rows_as_jsonl, write_parquet
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .answered import Answered, Content, OutputError, is_stream, reason_of, rows_of
+from .answered import Answered, Content, OutputError, is_stream, rows_of
 from .fsync import Fsync, SyncPolicy
+from .inputs import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
